@@ -1,0 +1,1 @@
+"""CF-SFL, collaborative filtering with a synthetic feedback loop, made fast."""

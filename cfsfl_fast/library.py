@@ -1,0 +1,304 @@
+"""The four operations by library calls alone, with hand-written gradients: backend "torch".
+
+What runs where no kernel of ours can, on any device that PyTorch knows. Shapes and the meaning of a list: `reference`.
+
+Traffic   One [B, chunk] block of scores at a time, in a buffer that is used again: fresh pages cost a CPU 15-20 %
+          (`benches/bench_loop.py`). Gradients of looked-up rows are sorted by item once and summed in item order:
+          no atomics, the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CSR = tuple[Tensor, Tensor]
+Layers = Sequence[tuple[Tensor, Tensor]]
+
+CHUNK_SCORES = 1 << 26
+"""Scores [B, chunk] that are held at once: 256 MB in float32. Catalogues that fit are scored in one product."""
+
+
+class _Scratch:
+    """Buffers that are handed out and taken back, so that their pages are touched once."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised matrix [rows, columns] of like's dtype and device."""
+        size = rows * columns
+        for i, buffer in enumerate(self.free):
+            if buffer.dtype == like.dtype and buffer.device == like.device and buffer.numel() >= size:
+                del self.free[i]
+                return buffer[:size].view(rows, columns)
+        return torch.empty(size, dtype=like.dtype, device=like.device).view(rows, columns)
+
+    def give(self, block: Tensor) -> None:
+        """Takes a block back; nobody may use it afterwards."""
+        self.free = [torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage()), *self.free][
+            :2
+        ]
+
+
+scratch = _Scratch()
+
+
+def rows_of(offsets: Tensor, n_entries: int) -> Tensor:
+    """The row of every CSR entry. [E]"""
+    rows = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=n_entries)
+
+
+def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_{e in row b} weights_e table[items_e]. [B, D]"""
+    return F.embedding_bag(
+        items, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )  # fmt: skip
+
+
+def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, n_items: int) -> Tensor:
+    """The gradient of `row_bag` for its table [M, D]: the bag of the transposed matrix."""
+    order = items.argsort(stable=True)
+    rows = rows_of(offsets, len(items))[order]
+    item_offsets = F.pad(torch.bincount(items, minlength=n_items).cumsum(0), (1, 0))
+    return row_bag(dout, rows, item_offsets, None if weights is None else weights[order])
+
+
+def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """< x_b, table[ids_bk] >; padding ids (-1) give 0. [B, K]"""
+    dots = torch.bmm(table[ids.clamp_min(0)], x[:, :, None]).squeeze(2)
+    return dots.masked_fill_(ids < 0, 0)
+
+
+def exact_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The list of each row of scores [B, M]: ids [B, K], scores [B, K]. Ties to the smaller id, NaN never."""
+    k = min(k, scores.shape[1])
+    if k == 0 or len(scores) == 0:
+        return scores.new_empty((len(scores), k), dtype=torch.int64), scores.new_empty(len(scores), k)
+    best, ids = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    nan = best[:, 0].isnan()
+    tied = ((best[:, 1:] == best[:, :-1]) & (best[:, 1:] != float("-inf"))).any(1)
+    unsure = (nan | tied).nonzero().squeeze(1)
+    best, ids = best[:, :k].contiguous(), ids[:, :k].contiguous()
+    if len(unsure):
+        rows = scores[unsure]
+        ordered = rows.masked_fill_(rows.isnan(), float("-inf")).sort(dim=1, descending=True, stable=True)
+        best[unsure], ids[unsure] = ordered.values[:, :k], ordered.indices[:, :k]
+    return ids.masked_fill_(best == float("-inf"), -1), best
+
+
+def _chunks(n_users: int, n_items: int) -> Iterator[tuple[int, int]]:
+    width = max(1, CHUNK_SCORES // max(1, n_users))
+    for start in range(0, n_items, width):
+        yield start, min(start + width, n_items)
+
+
+def _score(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None, start: int, stop: int) -> Tensor:
+    """Scores of the items start..stop, -inf where excluded, in a scratch block. [B, stop - start]"""
+    scores = scratch.take(len(u), stop - start, u)
+    torch.addmm(bias[start:stop], u, weight[start:stop].T, out=scores)
+    if exclude is not None:
+        items, offsets = exclude
+        rows = rows_of(offsets, len(items))
+        if stop - start < len(weight):
+            inside = (items >= start) & (items < stop)
+            items, rows = items[inside], rows[inside]
+        scores[rows, items - start] = float("-inf")
+    return scores
+
+
+def _merge(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """One list of two; every id of `new` is greater than those of `old`, so a stable sort keeps ties right."""
+    if old is None:
+        return new
+    best, order = torch.cat([old[1], new[1]], 1).sort(dim=1, descending=True, stable=True)
+    return torch.cat([old[0], new[0]], 1).gather(1, order[:, :k]), best[:, :k].contiguous()
+
+
+def loop_state() -> None:
+    """What one pass over the loop remembers from step to step: nothing here."""
+
+
+def linear_topk(
+    u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None, state: None = None
+) -> tuple[Tensor, Tensor]:
+    """Equation (2): ids and scores of the K best items, excluded ones left out. [B, K] twice"""
+    found = None
+    for start, stop in _chunks(len(u), len(weight)):
+        scores = _score(u, weight, bias, exclude, start, stop)
+        ids, best = exact_topk(scores, k)
+        found = _merge(found, (ids.add_(start).masked_fill_(best == float("-inf"), -1) if start else ids, best), k)
+        scratch.give(scores)
+    if found is None:
+        return exact_topk(u.new_empty(len(u), 0), k)
+    return found
+
+
+def linear_nll(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    exclude: CSR | None,
+    k: int,
+    state: None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and what backward can use again.
+
+    The last is exp(s - logsumexp) [B, M] where the catalogue is one chunk, else None.
+    """
+    rows = rows_of(offsets, len(items))
+    counts = offsets.diff()
+    lse = u.new_full((len(u),), float("-inf"))
+    hit = u.new_zeros(len(u))
+    found = None
+    kept = None
+    for start, stop in _chunks(len(u), len(weight)):
+        scores = _score(u, weight, bias, exclude, start, stop)
+        whole = stop - start == len(weight)
+        inside = slice(None) if whole else (items >= start) & (items < stop)
+        hit.index_add_(0, rows[inside], scores[rows[inside], items[inside] - start])
+        if k:
+            ids, best = exact_topk(scores, k)
+            found = _merge(found, (ids.add_(start).masked_fill_(best == float("-inf"), -1) if start else ids, best), k)
+        peak = scores.amax(1)
+        peak.masked_fill_(peak == float("-inf"), 0)
+        total = scores.sub_(peak[:, None]).exp_().sum(1)
+        lse = torch.logaddexp(lse, peak + total.log())
+        if whole:
+            kept = scores.mul_(total.reciprocal_().nan_to_num_(posinf=0)[:, None])
+        else:
+            scratch.give(scores)
+    nll = torch.where(counts > 0, lse * counts, 0) - hit
+    return nll, lse, found or exact_topk(u.new_empty(len(u), 0), 0), kept
+
+
+def linear_nll_backward(
+    dnll: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    exclude: CSR | None,
+    lse: Tensor,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x), a chunk of items at a time."""
+    rows = rows_of(offsets, len(items))
+    scale = (dnll * offsets.diff())[:, None]
+    lse = lse.masked_fill(lse == float("-inf"), 0)[:, None]
+    du = torch.zeros_like(u)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    for start, stop in _chunks(len(u), len(weight)):
+        if kept is None:
+            ds = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_()
+        else:
+            ds = kept
+        ds.mul_(scale)
+        inside = slice(None) if stop - start == len(weight) else (items >= start) & (items < stop)
+        ds.index_put_((rows[inside], items[inside] - start), -dnll[rows[inside]], accumulate=True)
+        du.addmm_(ds, weight[start:stop])
+        torch.mm(ds.T, u, out=dweight[start:stop])
+        torch.sum(ds, 0, out=dbias[start:stop])
+        scratch.give(ds)
+    return du, dweight, dbias
+
+
+def list_softmax(ids: Tensor, scores: Tensor) -> Tensor:
+    """Softmax over the listed scores; 0 at the padding and in an empty list. [B, K]"""
+    return scores.softmax(1).masked_fill_(ids < 0, 0)
+
+
+def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -> tuple[Tensor, Tensor]:
+    """Equation (16): h = hx + sum_k w_k lookup[ids_k] [B, D], and the weights w [B, K]."""
+    if action == "topk_softmax":
+        w = list_softmax(ids, scores)
+    else:
+        listed = (ids >= 0).to(hx.dtype)
+        w = listed / listed.sum(1, keepdim=True).clamp_min_(1)
+    return row_bag(lookup, ids.clamp_min(0).flatten(), list_offsets(ids), w.flatten()).add_(hx), w
+
+
+def list_offsets(ids: Tensor) -> Tensor:
+    """The offsets of lists [B, K] as CSR rows. [B + 1]"""
+    return torch.arange(len(ids) + 1, device=ids.device) * ids.shape[1]
+
+
+def respond(h: Tensor, reward: Layers, feedback: Layers) -> tuple[Tensor, Tensor]:
+    """Equations (3) and (4): the reward's logit [B] and the feedback v [B, V]."""
+    logit = _mlp(h, reward)
+    return logit.squeeze(1), _mlp(torch.cat([h, logit.sigmoid()], 1), feedback)
+
+
+def _mlp(x: Tensor, layers: Layers) -> Tensor:
+    for weight, bias in layers[:-1]:
+        x = F.linear(x, weight, bias).relu_()
+    return F.linear(x, *layers[-1])
+
+
+def feedback_step(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    hx: Tensor,
+    lookup: Tensor,
+    reward: Layers,
+    feedback: Layers,
+    k: int,
+    action: str,
+    exclude: CSR | None = None,
+    state: None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """v [B, V], the reward's logit [B], h [B, D], ids, scores and list weights [B, K] of one turn of the virtual user."""
+    ids, scores = linear_topk(u, weight, bias, k, exclude)
+    h, w = fuse(hx, lookup, ids, scores, action)
+    logit, v = respond(h, reward, feedback)
+    return v, logit, h, ids, scores, w
+
+
+def fuse_softmax(u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None) -> tuple[Tensor, Tensor]:
+    """softmax(s) lookup, streamed as attention with query u, keys weight, values lookup. [B, D], and logsumexp(s) [B]"""
+    mean = u.new_zeros(len(u), lookup.shape[1])
+    lse = u.new_full((len(u),), float("-inf"))
+    for start, stop in _chunks(len(u), len(weight)):
+        scores = _score(u, weight, bias, exclude, start, stop)
+        grown = torch.logaddexp(lse, scores.logsumexp(1))
+        safe = grown.masked_fill(grown == float("-inf"), 0)
+        mean.mul_((lse - safe).exp_()[:, None])
+        mean.addmm_(scores.sub_(safe[:, None]).exp_(), lookup[start:stop])
+        lse = grown
+        scratch.give(scores)
+    return mean, lse
+
+
+def fuse_softmax_backward(
+    dmean: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    lookup: Tensor,
+    exclude: CSR | None,
+    mean: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, weight, bias and lookup: ds = p (dmean lookup^T - < dmean, mean >), p computed again."""
+    du = torch.zeros_like(u)
+    dweight, dbias, dlookup = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(lookup)
+    inner = (dmean * mean).sum(1, keepdim=True)
+    lse = lse.masked_fill(lse == float("-inf"), 0)[:, None]
+    for start, stop in _chunks(len(u), len(weight)):
+        p = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_()
+        torch.mm(p.T, dmean, out=dlookup[start:stop])
+        ds = p.mul_(torch.mm(dmean, lookup[start:stop].T).sub_(inner))
+        du.addmm_(ds, weight[start:stop])
+        torch.mm(ds.T, u, out=dweight[start:stop])
+        torch.sum(ds, 0, out=dbias[start:stop])
+        scratch.give(p)
+    return du, dweight, dbias, dlookup

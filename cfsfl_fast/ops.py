@@ -1,0 +1,487 @@
+"""The border between models and kernels: checks, autograd bindings, and the choice of an implementation.
+
+Every operation is one function here and one of the same name in each implementation: `reference` (the specification),
+`library` (backend "torch"), `_cpp` (backend "cpp") and `kernels` (backend "triton"). Only this module knows devices.
+
+Gradients of looked-up rows are sparse: a `Table` collects them from every step of the loop and sums them once, so that
+no dense gradient of a table exists for a step t < T.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cfsfl_fast import library, reference
+
+log = logging.getLogger(__name__)
+
+CSR = tuple[Tensor, Tensor]
+Layers = list[tuple[Tensor, Tensor]]
+
+BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
+ACTIONS = reference.ACTIONS
+
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("cfsfl_backend", default=None)
+
+
+# Choosing an implementation
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None where it can."""
+    if backend in ("torch", "reference"):
+        return None
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"the C++ kernels run on the CPU, the tensors are on {device}"
+        return _load("cfsfl_fast.cpp")[1]
+    if backend == "triton":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"the Triton kernels run on a CUDA device, the tensors are on {device}"
+        return _load("cfsfl_fast.kernels")[1]
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
+_loaded: dict[str, tuple[Any, str | None]] = {}
+
+
+def _load(name: str) -> tuple[Any, str | None]:
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(name), None
+        except ImportError as error:
+            _loaded[name] = None, str(error)
+    return _loaded[name]
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+def resolve(device: torch.device, backend: str | None = None) -> str:
+    """The backend that runs on a device: the one asked for, or the best that can.
+
+    Asked for, first to last: the argument, `use_backend`, the environment variable CFSFL_BACKEND, "auto".
+
+    Raises:
+        RuntimeError: a backend was named and cannot run; the message says why.
+    """
+    for asked in (backend, _chosen.get(), os.environ.get("CFSFL_BACKEND")):
+        if asked and asked != "auto":
+            reason = why_not(asked, device)
+            if reason:
+                raise RuntimeError(f"backend {asked!r} cannot run: {reason}")
+            return asked
+    best = next(b for b in ("triton" if device.type == "cuda" else "cpp", "torch") if why_not(b, device) is None)
+    if (best, device.type) not in _announced:
+        _announced.add((best, device.type))
+        log.info("backend %r on %s", best, device.type)
+        wanted = "triton" if device.type == "cuda" else "cpp"
+        if best != wanted:
+            log.warning("the %s kernels are missing (%s): library calls instead", wanted, why_not(wanted, device))
+    return best
+
+
+def implementation(device: torch.device) -> Any:
+    """The module whose functions run on a device; `reference` runs without bindings of ours."""
+    name = resolve(device)
+    if name == "cpp":
+        return _load("cfsfl_fast.cpp")[0]
+    if name == "triton":
+        return _load("cfsfl_fast.kernels")[0]
+    return reference if name == "reference" else library
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Runs every operation inside with one backend; "auto" leaves the choice to those around."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    token = _chosen.set(_chosen.get() if backend == "auto" else backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+# Tables whose looked-up rows get sparse gradients
+
+
+class _Lookups(NamedTuple):
+    """One look-up's part of a table's gradient: row items_e gains weights_e source[row of e]."""
+
+    items: Tensor  # [E]
+    offsets: Tensor  # [B + 1]
+    weights: Tensor | None  # [E]
+    source: Tensor  # [B, D]
+
+
+Sink = list[_Lookups] | None
+
+
+class _Collect(torch.autograd.Function):
+    """Hands a table out and, after every user of it, adds the look-ups they left in `sink` to their dense gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, sink: list[_Lookups]) -> tuple[Tensor, Tensor | None]:
+        ctx.sink = sink
+        ctx.set_materialize_grads(False)
+        ctx.shapes = weight.shape, None if bias is None else bias.shape
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if not ctx.sink:
+            return dweight, dbias, None
+        (n_items, _), bias_shape = ctx.shapes
+        parts, ctx.sink[:] = list(ctx.sink), []
+        items = torch.cat([p.items for p in parts])
+        offsets = _joined_offsets([p.offsets for p in parts])
+        weights = torch.cat([p.source.new_ones(len(p.items)) if p.weights is None else p.weights for p in parts])
+        source = torch.cat([p.source for p in parts])
+        looked_up = implementation(source.device).row_bag_backward(source, items, offsets, weights, n_items)
+        dweight = looked_up if dweight is None else looked_up.add_(dweight)
+        if bias_shape is not None:
+            looked_up = weights.new_zeros(n_items).index_add_(0, items, weights)
+            dbias = looked_up if dbias is None else looked_up.add_(dbias)
+        return dweight, dbias, None
+
+
+def _joined_offsets(offsets: list[Tensor]) -> Tensor:
+    joined, end = [offsets[0]], offsets[0][-1:]
+    for more in offsets[1:]:
+        joined.append(more[1:] + end)
+        end = joined[-1][-1:] if len(more) > 1 else end
+    return torch.cat(joined)
+
+
+class Table:
+    """A table [M, D], and a bias [M] where it has one, whose rows one graph looks up many times.
+
+    Make one per forward pass and hand it to every operation of the pass.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.sink: Sink = None
+        self.weight, self.bias = weight, bias
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            self.sink = []
+            self.weight, self.bias = _Collect.apply(weight, bias, self.sink)
+
+    def detached(self) -> Table:
+        """The same rows, out of reach of gradients."""
+        return Table(self.weight.detach(), None if self.bias is None else self.bias.detach())
+
+
+# The operations
+
+
+class _RowBag(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, sink: Sink, impl: Any
+    ) -> Tensor:
+        ctx.rows, ctx.sink = (items, offsets, weights), sink
+        return impl.row_bag(table, items, offsets, weights)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, ...]:
+        if ctx.sink is not None:
+            ctx.sink.append(_Lookups(*ctx.rows, dout))
+        return (None,) * 6
+
+
+def row_bag(table: Table, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_{e in row b} weights_e table[items_e] for each CSR row b; differentiable in the table.
+
+    Args:
+        table: [M, D].
+        items: [E] int64 in 0..M-1.
+        offsets: [B + 1] int64, ascending from 0 to E.
+        weights: [E], None for ones; no gradient.
+
+    Returns:
+        [B, D]; an empty row gives 0.
+    """
+    impl = implementation(table.weight.device)
+    if impl is reference:
+        return reference.row_bag(table.weight, items, offsets, weights)
+    return _RowBag.apply(table.weight, items, offsets, weights, table.sink, impl)
+
+
+class _ScoresOfList(torch.autograd.Function):
+    """Gives a list's scores their gradient: du = sum_k ds_k weight[ids_k]; the table's part goes to its sink."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, scores: Tensor, sink: Sink, impl: Any
+    ) -> Tensor:
+        ctx.save_for_backward(u, weight, ids)
+        ctx.sink, ctx.impl = sink, impl
+        return scores.view_as(scores)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, ids = ctx.saved_tensors
+        lists = ids.clamp_min(0).flatten(), library.list_offsets(ids), dscores.masked_fill(ids < 0, 0).flatten()
+        if ctx.sink is not None:
+            ctx.sink.append(_Lookups(*lists, u))
+        du = ctx.impl.row_bag(weight, *lists) if ctx.needs_input_grad[0] else None
+        return du, *(None,) * 6
+
+
+def _with_gradient(u: Tensor, output: Table, ids: Tensor, scores: Tensor, impl: Any) -> Tensor:
+    if not torch.is_grad_enabled() or not (u.requires_grad or output.sink is not None):
+        return scores
+    return _ScoresOfList.apply(u, output.weight, output.bias, ids, scores, output.sink, impl)
+
+
+def loop_state(device: torch.device) -> Any:
+    """What the implementation remembers from step to step of one loop; hand it to every operation of that loop."""
+    impl = implementation(device)
+    return None if impl is reference else impl.loop_state()
+
+
+def linear_topk(
+    u: Tensor, output: Table, k: int, exclude: CSR | None = None, state: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Equation (2): the K best items of u weight^T + bias; the scores are differentiable in u, weight and bias.
+
+    Args:
+        u: [B, H].
+        output: weight [M, H] and bias [M].
+        k: K >= 0; a list holds min(K, M) places.
+        exclude: CSR rows of items that never enter, ascending and unique within a row.
+        state: of `loop_state`, where this is one of several calls with the same users, output and exclude.
+
+    Returns:
+        ids [B, K] int64, score descending, ties to the smaller id, padded with -1; scores [B, K], padded with -inf.
+    """
+    impl = implementation(u.device)
+    if impl is reference:
+        return reference.linear_topk(u, output.weight, output.bias, k, exclude)
+    with torch.no_grad():
+        ids, scores = impl.linear_topk(u, output.weight, output.bias, k, exclude, state)
+    return ids, _with_gradient(u, output, ids, scores, impl)
+
+
+class _Fuse(torch.autograd.Function):
+    """Gives h = hx + sum_k w_k lookup[ids_k] (16) its gradient, which touches only the listed rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hx: Tensor,
+        lookup: Tensor,
+        ids: Tensor,
+        scores: Tensor,
+        ready: tuple[Tensor, Tensor],
+        action: str,
+        sink: Sink,
+        impl: Any,
+    ) -> Tensor:
+        h, w = ready
+        ctx.save_for_backward(lookup, ids, scores, w)
+        ctx.action, ctx.sink, ctx.impl = action, sink, impl
+        return h
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        lookup, ids, scores, w = ctx.saved_tensors
+        if ctx.sink is not None:
+            ctx.sink.append(_Lookups(ids.clamp_min(0).flatten(), library.list_offsets(ids), w.flatten(), dh))
+        dscores = None
+        if ctx.needs_input_grad[3] and ctx.action != "hard":
+            dw = ctx.impl.row_dot(dh, lookup, ids)
+            soft = library.list_softmax(ids, scores)
+            dscores = soft * (dw - (soft * dw).sum(1, keepdim=True))
+        return dh, None, None, dscores, *(None,) * 4
+
+
+def fuse(hx: Tensor, lookup: Table, ids: Tensor, scores: Tensor, action: str) -> Tensor:
+    """Equation (16): h(x, a) = hx + sum_k w_k lookup[ids_k]; differentiable in hx, lookup and scores.
+
+    Args:
+        hx: mean lookup row of the history. [B, D]
+        lookup: [M, D].
+        ids: the list, -1 where it ends. [B, K] int64
+        scores: their scores. [B, K]
+        action: how the list is weighted, forward and backward: "straight_through", "topk_softmax" or "hard".
+
+    Returns:
+        [B, D].
+    """
+    impl = implementation(hx.device)
+    if impl is reference:
+        return reference.fuse(hx, lookup.weight, ids, scores, action)
+    with torch.no_grad():
+        ready = impl.fuse(hx, lookup.weight, ids, scores, action)
+    return _Fuse.apply(hx, lookup.weight, ids, scores, ready, action, lookup.sink, impl)
+
+
+class _FuseSoftmax(torch.autograd.Function):
+    """softmax(s) lookup over the whole catalogue, streamed: [B, M] is never stored."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None) -> Tensor:
+        mean, lse = library.fuse_softmax(u, weight, bias, lookup, exclude)
+        ctx.save_for_backward(u, weight, bias, lookup, mean, lse)
+        ctx.exclude = exclude
+        return mean
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dmean: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, bias, lookup, mean, lse = ctx.saved_tensors
+        return *library.fuse_softmax_backward(dmean, u, weight, bias, lookup, ctx.exclude, mean, lse), None
+
+
+class _Respond(torch.autograd.Function):
+    """Gives the virtual user's answer its gradient; the hidden layers are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, ready: tuple[Tensor, Tensor], depth: int, *flat: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, *flat)
+        ctx.depth = depth
+        return ready
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dlogit: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        h, *flat = (t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
+        h.requires_grad_()
+        with torch.enable_grad():
+            logit, v = library.respond(h, *_layers(flat, ctx.depth))
+        wanted = [t for t in (h, *flat) if t.requires_grad]
+        found = iter(torch.autograd.grad((logit, v), wanted, (dlogit, dv)))
+        dh, *dflat = (next(found) if t.requires_grad else None for t in (h, *flat))
+        return dh, None, None, *dflat
+
+
+def _layers(flat: list[Tensor], depth: int) -> tuple[Layers, Layers]:
+    layers = list(zip(flat[::2], flat[1::2], strict=True))
+    return layers[:depth], layers[depth:]
+
+
+class FeedbackStep(NamedTuple):
+    """What one turn of the virtual user gives."""
+
+    feedback: Tensor  # v [B, V]
+    logit: Tensor  # g(h) [B]; the reward is its sigmoid
+    ids: Tensor  # a [B, K]
+    scores: Tensor  # [B, K]
+
+
+def feedback_step(
+    u: Tensor,
+    output: Table,
+    hx: Tensor,
+    lookup: Table,
+    reward: Layers,
+    feedback: Layers,
+    k: int,
+    action: str,
+    exclude: CSR | None = None,
+    state: Any = None,
+) -> FeedbackStep:
+    """Equations (2), (16), (3), (4): the recommender's code in, the virtual user's feedback out.
+
+    Args:
+        u: the recommender's code. [B, H]
+        output: the recommender's output layer, weight [M, H] and bias [M].
+        hx: mean lookup row of the history. [B, D]
+        lookup: [M, D].
+        reward, feedback: (weight [out, in], bias [out]) of each layer, ReLU between.
+        k: length of the list that the virtual user sees.
+        action: one of ACTIONS.
+        exclude: CSR rows of items that never enter the list.
+        state: of `loop_state`.
+    """
+    if action not in ACTIONS:
+        raise ValueError(f"action must be one of {', '.join(ACTIONS)}; got {action!r}")
+    impl = implementation(u.device)
+    weight, bias = output.weight, output.bias
+    if impl is reference:
+        return FeedbackStep(
+            *reference.feedback_step(u, weight, bias, hx, lookup.weight, reward, feedback, k, action, exclude)
+        )
+    if action == "softmax":
+        ids, scores = linear_topk(u, output, k, exclude, state)
+        h = hx + _FuseSoftmax.apply(u, weight, bias, lookup.weight, exclude)
+        logit, v = library.respond(h, reward, feedback)
+        return FeedbackStep(v, logit, ids, scores)
+    with torch.no_grad():
+        v, logit, h, ids, scores, w = impl.feedback_step(
+            u, weight, bias, hx, lookup.weight, reward, feedback, k, action, exclude, state
+        )
+    scores = _with_gradient(u, output, ids, scores, impl)
+    h = _Fuse.apply(hx, lookup.weight, ids, scores, (h, w), action, lookup.sink, impl)
+    logit, v = _Respond.apply(h, (logit, v), len(reward), *(t for layer in (*reward, *feedback) for t in layer))
+    return FeedbackStep(v, logit, ids, scores)
+
+
+class _LinearNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        items: Tensor,
+        offsets: Tensor,
+        exclude: CSR | None,
+        k: int,
+        state: Any,
+        impl: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        nll, lse, (ids, scores), kept = impl.linear_nll(u, weight, bias, items, offsets, exclude, k, state)
+        ctx.save_for_backward(u, weight, bias, lse)
+        ctx.rest = items, offsets, exclude
+        ctx.kept, ctx.impl = kept, impl
+        ctx.mark_non_differentiable(ids, scores)
+        return nll, ids, scores
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dnll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, bias, lse = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
+        gradients = ctx.impl.linear_nll_backward(dnll, u, weight, bias, *ctx.rest, lse, kept)
+        return *gradients, *(None,) * 6
+
+
+def linear_nll(
+    u: Tensor, output: Table, items: Tensor, offsets: Tensor, exclude: CSR | None = None, k: int = 0, state: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The multinomial loss |x| logsumexp(s) - sum_{j in x} s_j, s = u weight^T + bias, and the list of the same scores.
+
+    Args:
+        u: [B, H].
+        output: weight [M, H] and bias [M].
+        items, offsets: the targets x as CSR rows.
+        exclude: CSR rows of items that leave the softmax and the list; none may be a target of its row.
+        k: length of the list; 0 for none.
+        state: of `loop_state`.
+
+    Returns:
+        loss [B] (0 where x is empty), ids [B, K], scores [B, K]; differentiable in u, weight and bias.
+    """
+    impl = implementation(u.device)
+    if impl is reference:
+        nll = reference.linear_nll(u, output.weight, output.bias, items, offsets, exclude)
+        return nll, *reference.linear_topk(u, output.weight, output.bias, k, exclude)
+    nll, ids, scores = _LinearNLL.apply(u, output.weight, output.bias, items, offsets, exclude, k, state, impl)
+    return nll, ids, _with_gradient(u, output, ids, scores, impl)

@@ -1,0 +1,139 @@
+"""What each operation means, in plain PyTorch: the specification that tests run.
+
+Differentiable through autograd, for every float dtype, with no regard for speed. Equation numbers are the paper's.
+
+Shapes    u [B, H], weight [M, H], bias [M]; lookup [M, D]; hx [B, D]; CSR rows as (items [E], offsets [B + 1]).
+Lists     A list holds the K best items of a user: score descending, ties to the smaller id. Items of score -inf (or NaN)
+          never enter; a list with fewer than K items is padded with id -1 and score -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CSR = tuple[Tensor, Tensor]
+"""(items [E] int64, offsets [B + 1] int64): row b owns items[offsets[b] : offsets[b + 1]]."""
+
+Layers = Sequence[tuple[Tensor, Tensor]]
+"""(weight [out, in], bias [out]) of each linear layer, ReLU between."""
+
+ACTIONS = ("straight_through", "topk_softmax", "softmax", "hard")
+
+
+def rows_of(offsets: Tensor) -> Tensor:
+    """The row of every CSR entry. [E]"""
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+
+
+def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_{e in row b} weights_e table[items_e]. [B, D]; an empty row gives 0."""
+    entries = table[items] if weights is None else table[items] * weights[:, None]
+    return table.new_zeros(len(offsets) - 1, table.shape[1]).index_add(0, rows_of(offsets), entries)
+
+
+def linear(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None = None) -> Tensor:
+    """Scores s = u weight^T + bias, -inf where excluded. [B, M]"""
+    scores = u @ weight.T + bias
+    if exclude is not None:
+        scores = scores.index_put((rows_of(exclude[1]), exclude[0]), scores.new_tensor(float("-inf")))
+    return scores
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K best items of each row of scores [B, M]: (ids [B, K] int64, scores [B, K]), K = min(k, M)."""
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    order = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    best = scores.gather(1, order)
+    return order.masked_fill(best == float("-inf"), -1), best
+
+
+def linear_topk(u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None) -> tuple[Tensor, Tensor]:
+    """Equation (2): the list a of the K best scores. (ids [B, K], scores [B, K])"""
+    return top(linear(u, weight, bias, exclude), k)
+
+
+def list_softmax(ids: Tensor, scores: Tensor) -> Tensor:
+    """Softmax over the listed scores; 0 at the padding and in an empty list. [B, K]"""
+    peak = scores.detach().amax(1, keepdim=True) if scores.shape[1] else scores.new_zeros(len(scores), 1)
+    peak = peak.masked_fill(peak == float("-inf"), 0)
+    e = (scores.masked_fill(ids < 0, float("-inf")) - peak).exp()
+    return e / e.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def list_weights(ids: Tensor, scores: Tensor, action: str) -> Tensor:
+    """Weights w_k of the listed items in h(x, a): 1/K forward, or the softmax over the listed scores. [B, K]"""
+    listed = (ids >= 0).to(scores.dtype)
+    uniform = listed / listed.sum(1, keepdim=True).clamp_min(1)
+    if action == "hard":
+        return uniform
+    soft = list_softmax(ids, scores)
+    return soft if action == "topk_softmax" else uniform + (soft - soft.detach())
+
+
+def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -> Tensor:
+    """Equation (16): h(x, a) = hx + sum_k w_k lookup[ids_k], hx the mean row of the history. [B, D]"""
+    w = list_weights(ids, scores, action)
+    return hx + (w[:, :, None] * lookup[ids.clamp_min(0)]).sum(1)
+
+
+def fuse_softmax(
+    u: Tensor, weight: Tensor, bias: Tensor, hx: Tensor, lookup: Tensor, exclude: CSR | None = None
+) -> Tensor:
+    """Equation (16) with the whole policy as the list: h = hx + softmax(s) lookup. [B, D]"""
+    scores = linear(u, weight, bias, exclude)
+    empty = (scores == float("-inf")).all(1, keepdim=True)
+    return hx + scores.masked_fill(empty, 0).softmax(1).masked_fill(empty, 0) @ lookup
+
+
+def mlp(x: Tensor, layers: Layers) -> Tensor:
+    """Linear layers with ReLU between, the last one linear."""
+    for weight, bias in layers[:-1]:
+        x = F.relu(F.linear(x, weight, bias))
+    return F.linear(x, *layers[-1])
+
+
+def respond(h: Tensor, reward: Layers, feedback: Layers) -> tuple[Tensor, Tensor]:
+    """The virtual user's answer to h: the reward's logit g(h) of (3) [B] and the feedback v of (4) [B, V]."""
+    logit = mlp(h, reward)
+    return logit.squeeze(1), mlp(torch.cat([h, logit.sigmoid()], dim=1), feedback)
+
+
+def feedback_step(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    hx: Tensor,
+    lookup: Tensor,
+    reward: Layers,
+    feedback: Layers,
+    k: int,
+    action: str,
+    exclude: CSR | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Equations (2), (16), (3), (4): one turn of the virtual user.
+
+    Returns:
+        v [B, V], the reward's logit [B], ids [B, K], scores [B, K].
+    """
+    ids, scores = linear_topk(u, weight, bias, k, exclude)
+    if action == "softmax":
+        h = fuse_softmax(u, weight, bias, hx, lookup, exclude)
+    else:
+        h = fuse(hx, lookup, ids, scores, action)
+    logit, v = respond(h, reward, feedback)
+    return v, logit, ids, scores
+
+
+def linear_nll(
+    u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None = None
+) -> Tensor:
+    """The multinomial loss |x| logsumexp(s) - sum_{j in x} s_j of each user. [B]; 0 where x is empty."""
+    scores = linear(u, weight, bias, exclude)
+    rows = rows_of(offsets)
+    counts = offsets.diff()
+    lse = torch.where(counts > 0, scores.logsumexp(1), 0)
+    return lse * counts - scores.new_zeros(len(u)).index_add(0, rows, scores[rows, items])
