@@ -71,17 +71,8 @@ def item_of(key):
     return tl.where(key == EMPTY, -1, 0x7FFFFFFF - (key & 0x7FFFFFFF))
 
 
-# Sorting network: tl.max and tl.min over an axis of 2, fast on a GPU and in the interpreter
-
-
-@triton.jit
-def _exchange(x, N_LOG: tl.constexpr, axis: tl.constexpr, flip):
-    """Compare-exchange along bit `axis` of the index; x is [2] * N_LOG."""
-    dim: tl.constexpr = N_LOG - 1 - axis
-    high = tl.max(x, dim, keep_dims=True)
-    low = tl.min(x, dim, keep_dims=True)
-    right = tl.reshape(tl.arange(0, 2), [1] * dim + [2] + [1] * axis)
-    return tl.where((right ^ flip) != 0, high, low)
+# Sorting network. An element's partner along one bit of the index is the sum over an axis of 2 less itself (int64 wraps):
+# one shuffle on a GPU, one vector operation in the interpreter.
 
 
 @triton.jit
@@ -90,11 +81,13 @@ def sort_descending(x, N_LOG: tl.constexpr):
     y = tl.reshape(x, [2] * N_LOG)
     for stage in tl.static_range(1, N_LOG + 1):
         for i in tl.static_range(stage):
+            right = tl.reshape(tl.arange(0, 2), [1] * (N_LOG - stage + i) + [2] + [1] * (stage - 1 - i))
             if stage < N_LOG:
-                up = tl.reshape(tl.arange(0, 2), [1] * (N_LOG - 1 - stage) + [2] + [1] * stage)
-                y = _exchange(y, N_LOG, stage - 1 - i, up)
+                right ^= tl.reshape(tl.arange(0, 2), [1] * (N_LOG - 1 - stage) + [2] + [1] * stage)
             else:
-                y = _exchange(y, N_LOG, stage - 1 - i, 1)
+                right ^= 1
+            partner = tl.sum(y, N_LOG - stage + i, keep_dims=True) - y
+            y = tl.where((y < partner) == (right != 0), partner, y)
     return tl.reshape(y, x.shape)
 
 
@@ -103,7 +96,9 @@ def merge_ascending(x, N_LOG: tl.constexpr):
     """Sorts a bitonic x [2^N_LOG]."""
     y = tl.reshape(x, [2] * N_LOG)
     for i in tl.static_range(N_LOG):
-        y = _exchange(y, N_LOG, N_LOG - 1 - i, 0)
+        right = tl.reshape(tl.arange(0, 2), [1] * i + [2] + [1] * (N_LOG - 1 - i))
+        partner = tl.sum(y, i, keep_dims=True) - y
+        y = tl.where((y < partner) == (right != 0), partner, y)
     return tl.reshape(y, x.shape)
 
 
