@@ -34,6 +34,7 @@ from cfsfl_fast.kernels.tile import (
     power_of_two,
     row_tile,
     rows_first,
+    vector,
     weights_of_list,
 )
 
@@ -45,34 +46,49 @@ GROUP = 16
 
 
 @triton.jit
-def layer(
-    x, w_ptr, b_ptr, N_IN, N_OUT, stride, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, PREC: tl.constexpr
+def multiply(
+    x_ptr, in_rows, w_ptr, stride_i, stride_o, o, N_IN, N_OUT,
+    BLOCK_IN: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """x [G, BLOCK_IN] times weight [N_OUT, N_IN] transposed, plus bias. [G, BLOCK_OUT] float32
+    """Rows of x [GROUP, N_IN] times a matrix of elements w[i stride_i + o stride_o]. [GROUP, len(o)] float32
 
-    In two halves, even and odd outputs: half the shared memory, so that more programs select at the same time.
+    x comes from memory, BLOCK_I columns at a time: whole operands of `tl.dot` would not fit the registers.
     """
-    i = tl.arange(0, BLOCK_IN)[:, None]
-    o = tl.arange(0, BLOCK_OUT // 2)[None, :] * 2
-    even = tl.load(w_ptr + o * stride + i, mask=(i < N_IN) & (o < N_OUT), other=0.0)
-    y0 = tl.dot(x.to(even.dtype), even, input_precision=PREC)
-    odd = tl.load(w_ptr + (o + 1) * stride + i, mask=(i < N_IN) & (o + 1 < N_OUT), other=0.0)
-    y1 = tl.dot(x.to(odd.dtype), odd, input_precision=PREC)
-    y = tl.reshape(tl.join(y0, y1), (x.shape[0], BLOCK_OUT))
-    c = tl.arange(0, BLOCK_OUT)
-    return y + tl.load(b_ptr + c, mask=c < N_OUT, other=0.0).to(tl.float32)[None, :]
+    y = tl.zeros((GROUP, o.shape[0]), tl.float32)
+    r = tl.arange(0, GROUP)[:, None]
+    for i0 in tl.range(0, BLOCK_IN, BLOCK_I, num_stages=2):
+        i = i0 + tl.arange(0, BLOCK_I)
+        # Written by other programs or other threads a moment ago: not from the first-level cache.
+        x = tl.load(x_ptr + r * N_IN + i[None, :], mask=in_rows[:, None] & (i < N_IN)[None, :], other=0.0, cache_modifier=".cg")
+        at = i[:, None] * stride_i + o[None, :] * stride_o
+        w = tl.load(w_ptr + at, mask=(i < N_IN)[:, None] & (o < N_OUT)[None, :], other=0.0)
+        y = tl.dot(x.to(w.dtype), w, y, input_precision=PREC)
+    return y
 
 
 @triton.jit
-def relu(x):
-    """max(x, 0); NaN stays."""
-    return tl.where(x < 0, 0.0, x)
+def layer(
+    x_ptr, in_rows, w_ptr, b_ptr, N_IN, N_OUT, stride,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """A linear layer with weight [N_OUT, N_IN] and bias [N_OUT]. [GROUP, BLOCK_OUT] float32"""
+    o = tl.arange(0, BLOCK_OUT)
+    y = multiply(x_ptr, in_rows, w_ptr, 1, stride, o, N_IN, N_OUT, BLOCK_IN, BLOCK_I, GROUP, PREC)
+    return y + tl.load(b_ptr + o, mask=o < N_OUT, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def hand_on(x_ptr, x, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Writes relu(x) [GROUP, N] for the next layer; NaN stays NaN."""
+    c = tl.arange(0, BLOCK)
+    tl.store(x_ptr + tl.arange(0, GROUP)[:, None] * N + c[None, :], tl.where(x < 0, 0.0, x), mask=(c < N)[None, :])
+    tl.debug_barrier()
 
 
 @triton.jit
 def feedback_step_fwd_kernel(
     v_ptr, logit_ptr, h_ptr, ids_ptr, best_ptr, w_ptr, next_ptr,    # out [B, V], [B], [B, D], [B, K] x 3, [B, H]
-    scores_ptr, buffer_ptr, found_ptr, run_ptr, ticket_ptr,         # scratch [B, N], [B, CAPACITY], [B], [B, 2^K_LOG], [B / G]
+    scores_ptr, buffer_ptr, found_ptr, run_ptr, ticket_ptr, hidden_ptr,    # scratch: pending lists; [B / G], [B / G, 2, G, F]
     items_ptr, offsets_ptr,                                         # in: excluded [E], [B + 1]
     hx_ptr, lookup_ptr,                                             # [B, D], [M, D]
     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr, # reward: weights r, biases q
@@ -83,13 +99,15 @@ def feedback_step_fwd_kernel(
     stride_hx, stride_lookup,
     stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2,
     stride_hoisted, stride_wv,
-    UNIFORM: tl.constexpr, DENSE: tl.constexpr, FOLLOWED: tl.constexpr,
+    VEC: tl.constexpr, VEC_H: tl.constexpr, UNIFORM: tl.constexpr, DENSE: tl.constexpr, FOLLOWED: tl.constexpr,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, PREC: tl.constexpr,
+    BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Equations (2), (16), (3), (4). One program per user; the last of GROUP users runs the layers for all of them."""
+    D, stride_hx, stride_lookup = D // VEC * VEC, stride_hx // VEC * VEC, stride_lookup // VEC * VEC
+    H, stride_hoisted, stride_wv = H // VEC_H * VEC_H, stride_hoisted // VEC_H * VEC_H, stride_wv // VEC_H * VEC_H
     b = tl.program_id(0)
     run = list_of_user(
         b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, stride_scores,
@@ -115,18 +133,18 @@ def feedback_step_fwd_kernel(
         if ticket == tl.minimum(B - group * GROUP, GROUP) - 1:
             tl.store(ticket_ptr + group, 0)
             respond(
-                v_ptr, logit_ptr, next_ptr, h_ptr,
+                v_ptr, logit_ptr, next_ptr, hidden_ptr, h_ptr,
                 r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr,
                 f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr, hoisted_ptr, wv_ptr,
                 group, B, D, R0, R1, R2, F0, F1, V, H,
                 stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2, stride_hoisted, stride_wv,
-                FOLLOWED, BLOCK_D, BLOCK_F, BLOCK_V, BLOCK_H, GROUP, PREC,
+                FOLLOWED, BLOCK_D, BLOCK_F, BLOCK_V, BLOCK_H, BLOCK_I, GROUP, PREC,
             )  # fmt: skip
 
 
 @triton.jit
 def respond(
-    v_ptr, logit_ptr, next_ptr,
+    v_ptr, logit_ptr, next_ptr, hidden_ptr,
     h_ptr,
     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr,
     f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr,
@@ -134,45 +152,48 @@ def respond(
     group, B, D, R0, R1, R2, F0, F1, V, H,
     stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2, stride_hoisted, stride_wv,
     FOLLOWED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUP: tl.constexpr, PREC: tl.constexpr,
+    BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Equations (3) and (4) for one group of users."""
     g = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
-    in_b = (g < B)[:, None]
+    in_b = g < B
+    every = tl.full((GROUP,), 1, tl.int1)
     g = g.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    # Written by other programs a moment ago: not from the first-level cache.
-    h = tl.load(h_ptr + g[:, None] * D + d[None, :], mask=in_b & (d < D)[None, :], other=0.0, cache_modifier=".cg")
-    h = h.to(tl.float32)
+    h_ptr += group.to(tl.int64) * GROUP * D
+    one = hidden_ptr + group.to(tl.int64) * 2 * GROUP * BLOCK_F
+    two = one + GROUP * BLOCK_F
 
     f = tl.arange(0, BLOCK_F)
-    x = relu(layer(h, r0_ptr, q0_ptr, D, R0, stride_r0, BLOCK_D, BLOCK_F, PREC))
-    x = relu(layer(x, r1_ptr, q1_ptr, R0, R1, stride_r1, BLOCK_F, BLOCK_F, PREC))
-    x = relu(layer(x, r2_ptr, q2_ptr, R1, R2, stride_r2, BLOCK_F, BLOCK_F, PREC))
-    logit = tl.sum(x * tl.load(r3_ptr + f, mask=f < R2, other=0.0).to(tl.float32)[None, :], 1)
-    logit += tl.load(q3_ptr).to(tl.float32)
-    tl.store(logit_ptr + g, logit.to(logit_ptr.dtype.element_ty), mask=g < B)
+    x = layer(h_ptr, in_b, r0_ptr, q0_ptr, D, R0, stride_r0, BLOCK_D, BLOCK_F, BLOCK_I, GROUP, PREC)
+    hand_on(one, x, R0, BLOCK_F, GROUP)
+    x = layer(one, every, r1_ptr, q1_ptr, R0, R1, stride_r1, BLOCK_F, BLOCK_F, BLOCK_I, GROUP, PREC)
+    hand_on(two, x, R1, BLOCK_F, GROUP)
+    x = layer(two, every, r2_ptr, q2_ptr, R1, R2, stride_r2, BLOCK_F, BLOCK_F, BLOCK_I, GROUP, PREC)
+    last = tl.load(r3_ptr + f, mask=f < R2, other=0.0).to(tl.float32)
+    logit = tl.sum(tl.where(x < 0, 0.0, x) * last[None, :], 1) + tl.load(q3_ptr).to(tl.float32)
+    tl.store(logit_ptr + g, logit.to(logit_ptr.dtype.element_ty), mask=in_b)
 
     # The input [h ; R] has D + 1 columns: a product over h, and R times the last column.
-    x = layer(h, f0_ptr, c0_ptr, D, F0, stride_f0, BLOCK_D, BLOCK_F, PREC)
+    x = layer(h_ptr, in_b, f0_ptr, c0_ptr, D, F0, stride_f0, BLOCK_D, BLOCK_F, BLOCK_I, GROUP, PREC)
     last = tl.load(f0_ptr + f * stride_f0 + D, mask=f < F0, other=0.0).to(tl.float32)
-    x = relu(x + tl.sigmoid(logit)[:, None] * last[None, :])
-    x = relu(layer(x, f1_ptr, c1_ptr, F0, F1, stride_f1, BLOCK_F, BLOCK_F, PREC))
-    v = layer(x, f2_ptr, c2_ptr, F1, V, stride_f2, BLOCK_F, BLOCK_V, PREC)
+    hand_on(one, x + tl.sigmoid(logit)[:, None] * last[None, :], F0, BLOCK_F, GROUP)
+    x = layer(one, every, f1_ptr, c1_ptr, F0, F1, stride_f1, BLOCK_F, BLOCK_F, BLOCK_I, GROUP, PREC)
+    hand_on(two, x, F1, BLOCK_F, GROUP)
+    v = layer(two, every, f2_ptr, c2_ptr, F1, V, stride_f2, BLOCK_F, BLOCK_V, BLOCK_I, GROUP, PREC)
     j = tl.arange(0, BLOCK_V)
     in_v = (j < V)[None, :]
-    tl.store(v_ptr + g[:, None] * V + j[None, :], v.to(v_ptr.dtype.element_ty), mask=in_b & in_v)
+    tl.store(v_ptr + g[:, None] * V + j[None, :], v.to(v_ptr.dtype.element_ty), mask=in_b[:, None] & in_v)
 
     if FOLLOWED:
         unit = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+        tl.store(one + tl.arange(0, GROUP)[:, None] * V + j[None, :], unit, mask=in_v)
+        tl.debug_barrier()
         for h0 in range(0, H, BLOCK_H):
             c = h0 + tl.arange(0, BLOCK_H)
-            in_h = (c < H)[None, :]
-            wv = tl.load(wv_ptr + j[:, None] * stride_wv + c[None, :], mask=(j < V)[:, None] & in_h, other=0.0)
-            at = g[:, None] * stride_hoisted + c[None, :]
-            p = tl.load(hoisted_ptr + at, mask=in_b & in_h, other=0.0).to(tl.float32)
-            p += tl.dot(unit.to(wv.dtype), wv, input_precision=PREC)
-            tl.store(next_ptr + g[:, None] * H + c[None, :], p.to(next_ptr.dtype.element_ty), mask=in_b & in_h)
+            p = multiply(one, every, wv_ptr, stride_wv, 1, c, V, H, BLOCK_V, BLOCK_I, GROUP, PREC)
+            inside = in_b[:, None] & (c < H)[None, :]
+            p += tl.load(hoisted_ptr + g[:, None] * stride_hoisted + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.store(next_ptr + g[:, None] * H + c[None, :], p.to(next_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -181,9 +202,10 @@ def fuse_fwd_kernel(
     hx_ptr, lookup_ptr, ids_ptr, scores_ptr,    # in [B, D], [M, D], [B, K], [B, K]
     K, D,
     stride_hx, stride_lookup, stride_ids, stride_scores,
-    UNIFORM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIFORM: tl.constexpr, VEC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Equation (16). One program per user."""
+    D, stride_hx, stride_lookup = D // VEC * VEC, stride_hx // VEC * VEC, stride_lookup // VEC * VEC
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     item = tl.load(ids_ptr + b * stride_ids + k, mask=k < K, other=-1)
@@ -203,9 +225,10 @@ def row_dot_fwd_kernel(
     x_ptr, table_ptr, ids_ptr,      # in [B, D], [M, D], [B, K]
     K, D,
     stride_x, stride_table, stride_ids,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """< x_b, table[ids_bk] >, 0 at the padding. One program per user and BLOCK_K places of its list."""
+    D, stride_x, stride_table = D // VEC * VEC, stride_x // VEC * VEC, stride_table // VEC * VEC
     b = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     item = tl.load(ids_ptr + b * stride_ids + k, mask=k < K, other=-1)
@@ -255,6 +278,8 @@ def feedback_step(
     v, logit = hx.new_empty(B, V), hx.new_empty(B)
     after = hx.new_empty(B, H) if dense and following is not None else h
     block = pending(rows_first(u), weight, bias, k, exclude, state)
+    BLOCK_F, precision = power_of_two(max(shapes[:3] + shapes[4:])), dot_precision(u.dtype)
+    hidden = state.empty("hidden", (triton.cdiv(B, GROUP), 2, GROUP, BLOCK_F), torch.float32, u)
     ticket = state.zeros("ticket", (triton.cdiv(B, GROUP),), torch.int32, u)
     hx, lookup = rows_first(hx), rows_first(lookup)
     layers = [(rows_first(a), b) for a, b in (*reward, *feedback)] if dense else [(h, h)] * 7
@@ -262,17 +287,18 @@ def feedback_step(
     r0, r1, r2, _, f0, f1, f2 = (a for a, _ in layers)
     feedback_step_fwd_kernel[(B,)](
         v, logit, h, ids, best, w, after,
-        *block.arguments()[:4], ticket, *block.arguments()[4:],
+        *block.arguments()[:4], ticket, hidden, *block.arguments()[4:],
         hx, lookup, *(t for pair in layers for t in pair), hoisted, wv,
         *block.sizes(k),
         B, D, *((*shapes[:3], *shapes[4:6]) if dense else (1,) * 5), V, H,
         hx.stride(0), lookup.stride(0),
         *(a.stride(0) for a in (r0, r1, r2, f0, f1, f2)),
         hoisted.stride(0), wv.stride(0),
+        VEC=vector(D, hx.stride(0), lookup.stride(0)), VEC_H=vector(H, hoisted.stride(0), wv.stride(0)),
         UNIFORM=action != "topk_softmax", DENSE=dense, FOLLOWED=dense and following is not None,
         **block.flags(k),
-        BLOCK_D=min(256, power_of_two(D)), BLOCK_F=power_of_two(max(shapes[:3] + shapes[4:6])),
-        BLOCK_V=power_of_two(V), BLOCK_H=64, GROUP=GROUP, PREC=dot_precision(u.dtype), num_warps=4,
+        BLOCK_D=min(256, power_of_two(D)), BLOCK_F=BLOCK_F, BLOCK_V=power_of_two(V), BLOCK_H=128,
+        BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4, 
     )  # fmt: skip
     if not dense:
         logit, v = library.respond(h, reward, feedback)
@@ -295,7 +321,7 @@ def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -
     hx, lookup, ids, scores = map(rows_first, (hx, lookup, ids, scores))
     fuse_fwd_kernel[(B,)](
         h, w, hx, lookup, ids, scores, K, D, hx.stride(0), lookup.stride(0), ids.stride(0), scores.stride(0),
-        UNIFORM=action != "topk_softmax", BLOCK_K=power_of_two(K), BLOCK_D=min(256, power_of_two(D)), num_warps=4,
+        UNIFORM=action != "topk_softmax", VEC=vector(D, hx.stride(0), lookup.stride(0)), BLOCK_K=power_of_two(K), BLOCK_D=min(256, power_of_two(D)), num_warps=4,
     )  # fmt: skip
     return h, w
 
@@ -308,6 +334,6 @@ def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         x, table, ids = map(rows_first, (x, table, ids))
         row_dot_fwd_kernel[(B, triton.cdiv(K, 32))](
             dots, x, table, ids, K, D, x.stride(0), table.stride(0), ids.stride(0),
-            BLOCK_K=32, BLOCK_D=min(128, power_of_two(D)), num_warps=4,
+            VEC=vector(D, x.stride(0), table.stride(0)), BLOCK_K=32, BLOCK_D=min(128, power_of_two(D)), num_warps=4,
         )  # fmt: skip
     return dots

@@ -50,7 +50,7 @@ def record(call: Callable[[], object], cc: int) -> list[Launch]:
     found = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         found.append(Launch(self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, options))
 
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(tile, "capability", lambda device: cc):

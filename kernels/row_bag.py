@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cfsfl_fast.kernels.tile import power_of_two, row_tile, rows_first
+from cfsfl_fast.kernels.tile import power_of_two, row_tile, rows_first, vector
 
 SPLIT = 128
 """Entries whose sum one program makes; segments below twice that are never split."""
@@ -32,9 +32,10 @@ def row_bag_fwd_kernel(
     table_ptr, items_ptr, offsets_ptr, weights_ptr,     # in [M, D], [E], [B + 1], [E]
     D,
     stride_table,
-    HAS_WEIGHTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, VEC: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Equation (1). One program per row and BLOCK_D columns, BLOCK_E table rows in flight."""
+    D, stride_table = D // VEC * VEC, stride_table // VEC * VEC
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = tl.load(offsets_ptr + b), tl.load(offsets_ptr + b + 1)
@@ -73,9 +74,10 @@ def row_bag_split_bwd_kernel(
     dout_ptr, items_ptr, rows_ptr, weights_ptr,         # in [B, D], sorted [E], [E], [E]
     B, D,
     stride_dout,
-    HAS_WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Equation (2) over SPLIT aligned entries, where all of them are one item's."""
+    D, stride_dout = D // VEC * VEC, stride_dout // VEC * VEC
     split = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = split * SPLIT
@@ -93,9 +95,10 @@ def row_bag_bwd_kernel(
     dout_ptr, ends_ptr, rows_ptr, weights_ptr, partial_ptr,     # in [B, D], [M + 1], sorted [E], [E], [E / SPLIT, D]
     B, D,
     stride_dout,
-    HAS_WEIGHTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Equation (2). One program per item and BLOCK_D columns: its head, its whole splits, its tail."""
+    D, stride_dout = D // VEC * VEC, stride_dout // VEC * VEC
     j = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = tl.load(ends_ptr + j), tl.load(ends_ptr + j + 1)
@@ -133,7 +136,7 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
         table, tiles = rows_first(table), blocks(D)
         row_bag_fwd_kernel[(B, triton.cdiv(D, tiles["BLOCK_D"]))](
             out, table, items, offsets, items if weights is None else weights, D, table.stride(0),
-            HAS_WEIGHTS=weights is not None, **tiles, num_warps=4,
+            HAS_WEIGHTS=weights is not None, VEC=vector(D, table.stride(0)), **tiles, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -153,7 +156,7 @@ def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tens
     n_splits = E // SPLIT
     partial = dout.new_empty(max(1, n_splits), D, dtype=torch.float32)
     columns = triton.cdiv(D, tiles["BLOCK_D"])
-    flags = {"HAS_WEIGHTS": weights is not rows, "SPLIT": SPLIT, **tiles}
+    flags = {"HAS_WEIGHTS": weights is not rows, "VEC": vector(D, dout.stride(0)), "SPLIT": SPLIT, **tiles}
     if n_splits:
         row_bag_split_bwd_kernel[(n_splits, columns)](
             partial, dout, items, rows, weights, B, D, dout.stride(0), **flags, num_warps=4
