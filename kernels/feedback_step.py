@@ -94,7 +94,7 @@ def feedback_step_fwd_kernel(
     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr, # reward: weights r, biases q
     f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr,                 # feedback: weights f, biases c
     hoisted_ptr, wv_ptr,                                            # [B, H], [V, H]
-    start, M, N, K, stride_scores,
+    start, M, N, K, step, stride_scores,
     B, D, R0, R1, R2, F0, F1, V, H,
     stride_hx, stride_lookup,
     stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2,
@@ -110,7 +110,7 @@ def feedback_step_fwd_kernel(
     H, stride_hoisted, stride_wv = H // VEC_H * VEC_H, stride_hoisted // VEC_H * VEC_H, stride_wv // VEC_H * VEC_H
     b = tl.program_id(0)
     run = list_of_user(
-        b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, stride_scores,
+        b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, step, stride_scores,
         CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, GROUPS, TILE, CAPACITY,
     )  # fmt: skip
 

@@ -157,7 +157,7 @@ def linear_nll(
             FIRST=start == 0, LAST=stop == M, HAS_EXCLUDE=exclude is not None, TILE=2048, num_warps=4,
         )  # fmt: skip
         if select:
-            block = Pending(scores, buffer, found, run, None, start, stop - start, start > 0, False)
+            block = Pending(scores, buffer, found, run, None, start, stop - start, start > 0)
             launch(block, *((ids, best) if stop == M else (None, None)), k)
     if k > MAX_K:
         ids, best = library.linear_topk(u, weight, bias, k, exclude)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cfsfl_fast import library
+from cfsfl_fast.kernels import linear_filter
 from cfsfl_fast.kernels.scores import LoopState, chunk_width, chunks, product
 from cfsfl_fast.kernels.tile import (
     ALIGN,
@@ -48,7 +49,7 @@ def list_of_user(
     b,
     scores_ptr, buffer_ptr, found_ptr, run_ptr,     # [B, N], [B, CAPACITY], [B], [B, 2^K_LOG]
     items_ptr, offsets_ptr,                         # excluded: [E], [B + 1]
-    start, M, N, K,
+    start, M, N, K, step,
     stride_scores,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
@@ -62,13 +63,14 @@ def list_of_user(
     buffer_ptr += b.to(tl.int64) * CAPACITY
     if FILTERED:
         found = tl.load(found_ptr + b)
+        tl.debug_barrier()  # every thread has read the count
         tl.store(found_ptr + b, 0)
-        run = fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
+        run = fold(run, buffer_ptr, tl.where(found < 0, CAPACITY, found), K_LOG, CHUNK_LOG)
     else:
         row_ptr = scores_ptr + b.to(tl.int64) * stride_scores
         first = tl.load(offsets_ptr + b) if HAS_EXCLUDE else 0
         last = tl.load(offsets_ptr + b + 1) if HAS_EXCLUDE else 0
-        leave_out(row_ptr, items_ptr, first, last, start, M, N, 1, HAS_EXCLUDE, 128, 64)
+        leave_out(row_ptr, items_ptr, first, last, start, M, N, step, HAS_EXCLUDE, 128, 64)
         run = select_row(run, row_ptr, buffer_ptr, start, N, K, K_LOG, CHUNK_LOG, GROUPS, TILE, CAPACITY)
     return run
 
@@ -89,7 +91,7 @@ def linear_topk_fwd_kernel(
     ids_ptr, best_ptr,                              # out [B, K], [B, K]
     scores_ptr, buffer_ptr, found_ptr, run_ptr,     # scratch [B, N], [B, CAPACITY], [B], [B, 2^K_LOG]
     items_ptr, offsets_ptr,                         # in: excluded [E], [B + 1]
-    start, M, N, K,
+    start, M, N, K, step,
     stride_scores,
     LAST: tl.constexpr, CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
@@ -97,7 +99,7 @@ def linear_topk_fwd_kernel(
     """Equation (2). One program per user; the last chunk writes the list, the others hand their keys on."""
     b = tl.program_id(0)
     run = list_of_user(
-        b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, stride_scores,
+        b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, step, stride_scores,
         CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, GROUPS, TILE, CAPACITY,
     )  # fmt: skip
     if LAST:
@@ -120,7 +122,8 @@ class Pending(NamedTuple):
     start: int
     n_columns: int
     carried: bool
-    filtered: bool
+    filtered: bool = False
+    step: int = 1  # column n is item start + n step
 
     def arguments(self) -> tuple[object, ...]:
         """Scratch and inputs in the kernels' order."""
@@ -128,9 +131,9 @@ class Pending(NamedTuple):
         return self.scores, self.buffer, self.found, self.run, items, offsets
 
     def sizes(self, k: int) -> tuple[int, ...]:
-        """start, M, N, K and the stride of the scores."""
+        """start, M, N, K, step and the stride of the scores."""
         n = -(-self.n_columns // ALIGN) * ALIGN
-        return self.start, self.n_columns, n, k, self.scores.stride(0)
+        return self.start, self.n_columns, n, k, self.step, self.scores.stride(0)
 
     def flags(self, k: int) -> dict[str, object]:
         """The kernels' constexprs."""
@@ -155,7 +158,11 @@ def pending(
     buffer = state.empty("buffer", (B, CAPACITY), torch.int64, u)
     found = state.zeros("found", (B,), torch.int32, u)
     if scores is not None:
-        return Pending(scores, buffer, found, run, exclude, 0, M, False, False)
+        return Pending(scores, buffer, found, run, exclude, 0, M, False)
+    if linear_filter.wanted(u, M):
+        tau = threshold(u, weight, bias, k, exclude, state)
+        linear_filter.survivors(u, rows_first(weight), bias, k, exclude, tau, buffer, found)
+        return Pending(buffer, buffer, found, run, None, 0, M, False, True)
     width = chunk_width(u, M)
     scores = state.empty("scores", (B, width), u.dtype, u)
     block = None
@@ -163,9 +170,33 @@ def pending(
         if block is not None:
             launch(block, None, None, k)
         product(u, weight, bias, start, stop, scores, state)
-        block = Pending(scores, buffer, found, run, exclude, start, stop - start, start > 0, False)
+        block = Pending(scores, buffer, found, run, exclude, start, stop - start, start > 0)
     assert block is not None
     return block
+
+
+def threshold(u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None, state: LoopState) -> Tensor:
+    """A score for every user that a few times k items reach. [B] float32
+
+    From the third call of a loop on the code has all but stopped moving, and the last threshold serves again.
+    """
+    if state.calls >= 2 and state.tau is not None and state.k == k and len(state.tau) == len(u):
+        return state.tau
+    step, r = linear_filter.rank(k, len(weight))
+    if r > MAX_K:
+        return u.new_full((len(u),), float("-inf"), dtype=torch.float32)
+    rows, shift = weight[::step], bias[::step]
+    width = -(-len(rows) // ALIGN) * ALIGN
+    scores = state.empty("sample", (len(u), width), u.dtype, u)
+    product(u, rows, shift, 0, len(rows), scores, None)
+    run = state.empty("sample_run", (len(u), 1 << selection(r)["K_LOG"]), torch.int64, u)
+    buffer = state.empty("buffer", (len(u), CAPACITY), torch.int64, u)
+    found = state.zeros("found", (len(u),), torch.int32, u)
+    ids, best = empty_lists(u, r)
+    launch(Pending(scores, buffer, found, run, exclude, 0, len(rows), False, step=step), ids, best, r)
+    state.calls, state.k = (state.calls + 1 if state.k == k else 1), k
+    state.tau = best[:, -1].float()
+    return state.tau
 
 
 def launch(block: Pending, ids: Tensor | None, best: Tensor | None, k: int) -> None:
@@ -193,14 +224,3 @@ def linear_topk(
         launch(pending(rows_first(u), weight, bias, k, exclude, state or LoopState()), ids, best, k)
     return ids, best
 
-
-def topk_of_scores(scores: Tensor, k: int, n_items: int, state: LoopState | None = None) -> tuple[Tensor, Tensor]:
-    """The K best of scores [B, width], of which the first n_items columns count. Padding columns are overwritten."""
-    ids, best = empty_lists(scores, k)
-    if ids.numel():
-        state = state or LoopState()
-        run = state.empty("run", (len(scores), 1 << selection(k)["K_LOG"]), torch.int64, scores)
-        buffer = state.empty("buffer", (len(scores), CAPACITY), torch.int64, scores)
-        found = state.zeros("found", (len(scores),), torch.int32, scores)
-        launch(Pending(scores, buffer, found, run, None, 0, n_items, False, False), ids, best, k)
-    return ids, best

@@ -29,7 +29,8 @@ class LoopState:
         self._buffers: dict[str, Tensor] = {}
         self._tail: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
         self.tau: Tensor | None = None
-        self.calls = 0
+        self.calls = 0  # with lists of length k
+        self.k = 0
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """An uninitialised buffer, the same one for every call with this name and shape."""

@@ -208,6 +208,22 @@ def leave_out(
     tl.debug_barrier()
 
 
+@triton.jit
+def is_listed(items_ptr, first, last, item):
+    """Whether each item is among items[first : last], which ascend: one binary search per lane."""
+    low = tl.zeros_like(item).to(tl.int64) + first
+    high = tl.zeros_like(low) + last
+    left = last - first
+    while left > 0:
+        open_ = low < high
+        middle = (low + high) // 2
+        below = tl.load(items_ptr + middle, mask=open_, other=0) < item
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & ~below, middle, high)
+        left = left // 2
+    return (low < last) & (tl.load(items_ptr + low, mask=low < last, other=-1) == item)
+
+
 # Lists
 
 
