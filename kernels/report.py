@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import os
+import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,10 +75,9 @@ class Resources:
         by_shared = 227 * 1024 // (self.shared + 1024)
         return min(by_registers, by_shared, 64 // self.warps, 32)
 
-    def loads(self, *widths: str) -> int:
-        """Loads from global memory of the given widths ("128", "64", or "" for 32 bits)."""
-        found = re.findall(r"\bLDG\.E((?:\.\w+)*)", self.sass)
-        return sum(any(f".{w}" in f".{suffix}." or (not w and not re.search(r"\.(64|128|U8|U16)", suffix)) for w in widths) for suffix in found)
+    def loads(self, width: str) -> int:
+        """Loads from global memory of a width: "128", "64"."""
+        return len(re.findall(rf"\bLDG\.E(?:\.\w+)*?\.{width}\b", self.sass))
 
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
@@ -180,6 +178,15 @@ class Row(NamedTuple):
     cc: int
     resources: Resources
 
+    def plain(self) -> dict[str, Any]:
+        """For json."""
+        r = self.resources
+        return {
+            "op": self.op, "kernel": self.kernel, "shape": self.shape, "dtype": self.dtype, "target": self.cc,
+            "registers": r.registers, "spills": r.spills, "shared": r.shared, "programs": r.programs,
+            "vectors": r.loads("128") + r.instructions["LDGSTS"], "instructions": r.instructions,
+        }  # fmt: skip
+
 
 def rows(shapes: list[str], dtypes: list[str], targets: list[int], ops: list[str] | None = None, k: int = K) -> Iterator[Row]:
     """Compiles every kernel that the named launchers launch; one row per distinct specialisation."""
@@ -194,10 +201,8 @@ def rows(shapes: list[str], dtypes: list[str], targets: list[int], ops: list[str
                         source = source_of(launch)
                         key = (launch.kernel.fn.__name__, cc, str(source.signature), str(source.constants), str(source.attrs))
                         jobs.setdefault(key, (op, launch, shape, dtype, cc))
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        futures = [(job, pool.submit(compiled, job[1], job[4])) for job in jobs.values()]
-        for (op, launch, shape, dtype, cc), future in futures:
-            yield Row(op, launch.kernel.fn.__name__, shape, dtype, cc, future.result())
+    for op, launch, shape, dtype, cc in jobs.values():
+        yield Row(op, launch.kernel.fn.__name__, shape, dtype, cc, compiled(launch, cc))
 
 
 WATCH = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG", "STG", "ATOMG", "SHFL", "BAR")
@@ -211,10 +216,15 @@ def main() -> None:
     parser.add_argument("--target", action="append", type=int, choices=TARGETS)
     parser.add_argument("--op", action="append")
     parser.add_argument("-k", type=int, default=K)
+    parser.add_argument("--json", action="store_true", help="one list of objects")
     asked = parser.parse_args()
+    found = rows(asked.shape or ["ml-20m"], asked.dtype or ["bf16"], asked.target or [90], asked.op, asked.k)
+    if asked.json:
+        print(json.dumps([row.plain() for row in found]))
+        return
     print(f"triton {triton.__version__}; B = {B}, H = {H}, D = {D}, V = {V}, K = {asked.k}")
     print(f"{'kernel':28} {'shape':7} {'dtype':5} sm  regs spills shared warps programs/SM LDG.128 instructions")
-    for row in rows(asked.shape or ["ml-20m"], asked.dtype or ["bf16"], asked.target or [90], asked.op, asked.k):
+    for row in found:
         r = row.resources
         watched = " ".join(f"{name}:{r.instructions[name]}" for name in WATCH if r.instructions[name])
         print(
