@@ -56,7 +56,7 @@ def multiply(
     """
     y = tl.zeros((GROUP, o.shape[0]), tl.float32)
     r = tl.arange(0, GROUP)[:, None]
-    for i0 in tl.range(0, BLOCK_IN, BLOCK_I, num_stages=2):
+    for i0 in tl.range(0, BLOCK_IN, BLOCK_I, num_stages=1 if PREC == "ieee" else 2):
         i = i0 + tl.arange(0, BLOCK_I)
         # Written by other programs or other threads a moment ago: not from the first-level cache.
         x = tl.load(x_ptr + r * N_IN + i[None, :], mask=in_rows[:, None] & (i < N_IN)[None, :], other=0.0, cache_modifier=".cg")
@@ -298,7 +298,7 @@ def feedback_step(
         UNIFORM=action != "topk_softmax", DENSE=dense, FOLLOWED=dense and following is not None,
         **block.flags(k),
         BLOCK_D=min(256, power_of_two(D)), BLOCK_F=BLOCK_F, BLOCK_V=power_of_two(V), BLOCK_H=128,
-        BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4, 
+        BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4, maxnreg=128, 
     )  # fmt: skip
     if not dense:
         logit, v = library.respond(h, reward, feedback)

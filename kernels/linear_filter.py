@@ -25,6 +25,7 @@ from cfsfl_fast.kernels.tile import (
     CAPACITY,
     EMPTY,
     LOWEST,
+    capability,
     dot_precision,
     is_listed,
     merge_keys,
@@ -205,8 +206,9 @@ def survivors(
 ) -> None:
     """Fills the buffer [B, CAPACITY] with keys among which are the k best, and found [B], which is zero before."""
     (B, H), M = u.shape, len(weight)
-    # The tile that fills the registers of eight warps; half of it where elements are wide.
-    BLOCK_M, BLOCK_H = (256, 64) if u.element_size() == 2 else (128, 32)
+    # The tile that fills the registers of eight warps; half of it where elements are wide, or before wgmma.
+    large = u.element_size() == 2 and capability(u.device) >= 90
+    BLOCK_M, BLOCK_H = (256 if large else 128), 128 // u.element_size()
     tiles, groups = triton.cdiv(M, BLOCK_M), triton.cdiv(B, 128)
     splits = min(tiles, max(1, tuned("CFSFL_PROGRAMS", PROGRAMS, u.device) // groups))
     n_tiles = triton.cdiv(tiles, splits)

@@ -154,7 +154,7 @@ def linear_nll(
         linear_nll_fwd_kernel[(B,)](
             nll, lse, peak, total, hit, scores, items, offsets, *gone,
             start, stop - start, round_up(stop - start, ALIGN), scores.stride(0),
-            FIRST=start == 0, LAST=stop == M, HAS_EXCLUDE=exclude is not None, TILE=2048, num_warps=4,
+            FIRST=start == 0, LAST=stop == M, HAS_EXCLUDE=exclude is not None, TILE=2048, num_warps=4, maxnreg=64,
         )  # fmt: skip
         if select:
             block = Pending(scores, buffer, found, run, None, start, stop - start, start > 0)
@@ -203,7 +203,7 @@ def linear_nll_backward(
         linear_nll_bwd_kernel[(B,)](
             scores, scores, dnll, lse, items, offsets, *gone,
             start, stop - start, round_up(stop - start, ALIGN), scores.stride(0),
-            HAS_EXCLUDE=exclude is not None, TILE=2048, num_warps=4,
+            HAS_EXCLUDE=exclude is not None, TILE=2048, num_warps=4, maxnreg=64,
         )  # fmt: skip
         ds = scores[:, : stop - start]
         du = _accumulate(du, ds, weight[start:stop])

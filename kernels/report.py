@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cfsfl_fast import kernels
+from cfsfl_fast.kernels import linear_filter as filters
 from cfsfl_fast.kernels import tile
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -44,6 +45,13 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
+@contextmanager
+def fixed(cc: int) -> Iterator[None]:
+    """Launchers believe that every device has this compute capability."""
+    with mock.patch.object(tile, "capability", lambda device: cc), mock.patch.object(filters, "capability", lambda device: cc):
+        yield
+
+
 def record(call: Callable[[], object], cc: int) -> list[Launch]:
     """What a launcher launches on a device of this compute capability."""
     found = []
@@ -52,7 +60,7 @@ def record(call: Callable[[], object], cc: int) -> list[Launch]:
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         found.append(Launch(self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, options))
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(tile, "capability", lambda device: cc):
+    with mock.patch.object(JITFunction, "run", run), fixed(cc):
         call()
     return found
 
@@ -176,13 +184,14 @@ class Row(NamedTuple):
     shape: str
     dtype: str
     cc: int
+    filtered: bool  # reads the filter's survivors instead of scores
     resources: Resources
 
     def plain(self) -> dict[str, Any]:
         """For json."""
         r = self.resources
         return {
-            "op": self.op, "kernel": self.kernel, "shape": self.shape, "dtype": self.dtype, "target": self.cc,
+            "op": self.op, "kernel": self.kernel, "filtered": self.filtered, "shape": self.shape, "dtype": self.dtype, "target": self.cc,
             "registers": r.registers, "spills": r.spills, "shared": r.shared, "programs": r.programs,
             "vectors": r.loads("128") + r.instructions["LDGSTS"], "instructions": r.instructions,
         }  # fmt: skip
@@ -202,7 +211,7 @@ def rows(shapes: list[str], dtypes: list[str], targets: list[int], ops: list[str
                         key = (launch.kernel.fn.__name__, cc, str(source.signature), str(source.constants), str(source.attrs))
                         jobs.setdefault(key, (op, launch, shape, dtype, cc))
     for op, launch, shape, dtype, cc in jobs.values():
-        yield Row(op, launch.kernel.fn.__name__, shape, dtype, cc, compiled(launch, cc))
+        yield Row(op, launch.kernel.fn.__name__, shape, dtype, cc, bool(launch.arguments.get("FILTERED")), compiled(launch, cc))
 
 
 WATCH = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG", "STG", "ATOMG", "SHFL", "BAR")

@@ -35,7 +35,7 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "feedback_step_fwd_kernel": Limit(3, 4, "500 users are 3.8 programs per multiprocessor of an H100: one wave, or nearly"),
+    "feedback_step_fwd_kernel": Limit(4, 4, "500 users are 3.8 programs per multiprocessor of an H100: one wave"),
     "linear_topk_fwd_kernel": Limit(4, 2, "as above: every user of a batch of 500 at once"),
     "linear_nll_fwd_kernel": Limit(8, 2, "streams a row twice: latency is hidden by other programs"),
     "linear_nll_bwd_kernel": Limit(8, 2, "streams a row"),
@@ -85,7 +85,8 @@ def test_enough_programs_fit(rows: list[dict[str, Any]]) -> None:
 
 
 def test_loads_are_wide(rows: list[dict[str, Any]]) -> None:
-    assert not [(label(row), row["vectors"]) for row in rows if row["vectors"] < LIMITS[row["kernel"]].vectors]
+    reading = [row for row in rows if not row["filtered"]]  # survivors come one key at a time
+    assert not [(label(row), row["vectors"]) for row in reading if row["vectors"] < LIMITS[row["kernel"]].vectors]
 
 
 @pytest.mark.parametrize(("target", "instruction"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
