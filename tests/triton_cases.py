@@ -427,6 +427,48 @@ def test_gradients_through_ops(action: str) -> None:
     compare(lambda *_: ours, gradients, *inputs, weights)
 
 
+# As PyTorch operators
+
+
+def operators() -> dict[str, tuple[Any, ...]]:
+    u, weight, bias, hx, lookup, reward, feedback = step_inputs(3, 40, 3, 12, 20, 9)
+    x, gone = csr(3, 40, 5), csr(3, 40, 7)
+    flat = [t for pair in (*reward, *feedback) for t in pair]
+    ids, scores = kernels.linear_topk(u, weight, bias, 5)
+    lse = reference.linear(u, weight, bias).logsumexp(1)
+    return {
+        "row_bag": (lookup, *x, None),
+        "row_bag_backward": (normal(3, 12), *x, normal(len(x[0])), 40),
+        "row_dot": (hx, lookup, ids),
+        "fuse": (hx, lookup, ids, scores, "topk_softmax"),
+        "linear_topk": (u, weight, bias, 5, *gone),
+        "feedback_step": (u, weight, bias, hx, lookup, flat, 4, 5, "hard", None, None),
+        "linear_nll": (u, weight, bias, *x, None, None, 5),
+        "linear_nll_backward": (normal(3), u, weight, bias, *x, None, None, lse),
+    }
+
+
+@pytest.mark.parametrize("name", ["row_bag", "row_bag_backward", "row_dot", "fuse", "linear_topk", "feedback_step",
+                                  "linear_nll", "linear_nll_backward"])  # fmt: skip
+def test_operators_are_registered_rightly(name: str) -> None:
+    importlib.import_module("cfsfl_fast.kernels.registered")
+    operator = getattr(torch.ops.cfsfl_fast, name).default
+    torch.library.opcheck(operator, operators()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_operators_are_opaque_to_the_compiler() -> None:
+    importlib.import_module("cfsfl_fast.kernels.registered")
+    arguments = operators()["linear_topk"]
+
+    def twice(*a: Any) -> tuple[Tensor, Tensor]:
+        ids, scores = torch.ops.cfsfl_fast.linear_topk(*a)
+        return ids + 1, scores * 2
+
+    got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*arguments)
+    for g, e in zip(got, twice(*arguments), strict=True):
+        assert torch.equal(g, e)
+
+
 # Planted faults: each launcher with one argument wrong must fail its check
 
 
