@@ -344,9 +344,7 @@ def _parquet_chunks(source: Source, columns: Columns) -> Iterator[Chunk]:
     file = source.files[0]
     try:
         with file.opened() as raw:
-            frame = (
-                polars.scan_parquet(source.path) if source.path.is_file() else polars.read_parquet(raw.read()).lazy()
-            )
+            frame = polars.scan_parquet(raw.read())
             names = frame.collect_schema().names()
     except (polars.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{file.name}: not a readable parquet file ({error})") from error
@@ -367,10 +365,9 @@ def _parquet_chunks(source: Source, columns: Columns) -> Iterator[Chunk]:
         users, items = (_parquet_ids(part[name], file.name) for name in chosen[:2])
         ratings = None
         if len(chosen) == 3:
-            if not part[chosen[2]].dtype.is_numeric():
-                raise ValueError(
-                    f"{file.name}: expected numbers in column {chosen[2]!r}; found {part[chosen[2]].dtype}"
-                )
+            kind = part[chosen[2]].dtype
+            if not kind.is_numeric():
+                raise ValueError(f"{file.name}: expected numbers in column {chosen[2]!r}; found {kind}")
             ratings = part[chosen[2]].cast(polars.Float64).to_numpy()
             if not np.isfinite(ratings).all():
                 row = start + int(np.argmin(np.isfinite(ratings)))

@@ -17,7 +17,7 @@ from cfsfl_fast.datasets.table import Ids, Ints, Lines, parse_lines, split_lines
 def read_split(source: Source) -> Dataset:
     """Reads `train.csv, validation_tr.csv, validation_te.csv, test_tr.csv, test_te.csv` of columns uid, sid.
 
-    `unique_sid.txt` and `unique_uid.txt`, where present, give the external ids of items and users 0, 1, ..., one a line.
+    `unique_sid.txt` and `unique_uid.txt`, where present, hold the ids of items and users 0, 1, ..., one a line.
     Held-out users without a target are skipped and counted. Nothing is filtered.
 
     Raises:

@@ -16,9 +16,10 @@ from cfsfl_fast.datasets.protocol import Protocol, split_events
 _BLOCK_USERS = 4096  # users that share a random stream; part of what a seed means
 _ZIPF_EXPONENT = 0.9
 _ZIPF_SHIFT = 10.0
-_AFFINITY_STRENGTH = 2.0
+_AFFINITY_STRENGTH = 3.0
 _TASTES_PER_FACTOR = 4
-_TASTE_CONCENTRATION = 2.0
+_TASTE_CONCENTRATION = 0.5  # the smaller, the fewer tastes a user has
+_CURIOSITY = 0.05  # share of a user's draws that come from all tastes alike
 _ACTIVITY_SIGMA = 0.9
 _FEWEST_EVENTS = 5
 
@@ -89,10 +90,11 @@ def _tastes(n_items: int, n_factors: int, random: np.random.Generator) -> NDArra
     item_factors = random.standard_normal((n_items, n_factors))
     taste_factors = random.standard_normal((n_tastes, n_factors))
     taste_factors /= np.linalg.norm(taste_factors, axis=1, keepdims=True)
-    cumulative = np.cumsum(popularity * np.exp(_AFFINITY_STRENGTH * (taste_factors @ item_factors.T)), axis=1)
+    affinity = np.exp(_AFFINITY_STRENGTH * (taste_factors @ item_factors.T))
+    cumulative: NDArray[np.float64] = np.cumsum(popularity * affinity, axis=1)
     cumulative /= cumulative[:, -1:]
-    flat: NDArray[np.float64] = (cumulative + np.arange(n_tastes)[:, None]).ravel()
-    return flat
+    cumulative += np.arange(n_tastes)[:, None]
+    return cumulative.ravel()
 
 
 def _block(
@@ -104,10 +106,11 @@ def _block(
     wanted = np.exp(mean + _ACTIVITY_SIGMA * random.standard_normal(size)).round().astype(np.int64)
     wanted = np.clip(wanted, min(_FEWEST_EVENTS, n_items), max(1, n_items // 2))
     mixture = random.gamma(_TASTE_CONCENTRATION / n_tastes, size=(size, n_tastes)) + 1e-12
+    mixture = (1 - _CURIOSITY) * mixture / mixture.sum(axis=1, keepdims=True) + _CURIOSITY / n_tastes
     mixture = np.cumsum(mixture, axis=1)
     mixture = mixture / mixture[:, -1:] + np.arange(size)[:, None]
 
-    draws = 2 * wanted + 8  # enough that repeats seldom leave a user short
+    draws = 3 * wanted + 8  # enough that repeats seldom leave a user short
     user = np.repeat(np.arange(size), draws)
     at = np.searchsorted(mixture.ravel(), user + random.random(len(user)), side="right")
     taste = np.minimum(at - user * n_tastes, n_tastes - 1)
