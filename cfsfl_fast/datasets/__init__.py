@@ -2,12 +2,12 @@
 
 from cfsfl_fast.datasets.dataset import Dataset, HeldOut
 from cfsfl_fast.datasets.events import Events
+from cfsfl_fast.datasets.generator import synthetic, synthetic_dataset
 from cfsfl_fast.datasets.histories import read_histories
 from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.datasets.prepared import is_prepared, load_source, open_dataset, prepare, save_dataset
 from cfsfl_fast.datasets.protocol import PRESETS, Protocol, split_events
 from cfsfl_fast.datasets.readers import FORMATS, read_events
-from cfsfl_fast.datasets.generator import synthetic, synthetic_dataset
 
 __all__ = [
     "FORMATS",

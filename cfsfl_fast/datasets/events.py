@@ -52,7 +52,8 @@ def collect(chunks: Iterable[Chunk], name: str, explicit_zeros: int = 0) -> Even
         if chunk.ratings is None:
             ratings = None
         elif ratings is not None:
-            short = chunk.ratings.astype(np.float32)
+            with np.errstate(over="ignore"):
+                short = chunk.ratings.astype(np.float32)
             ratings.append(short if (short == chunk.ratings).all() else chunk.ratings)
     if n_read == 0:
         raise ValueError(f"{name}: expected events; found none")
