@@ -271,9 +271,9 @@ def test_places_without_a_prepared_data_set(raw: Path, tmp_path: Path) -> None:
 
 
 def test_a_user_in_two_parts_is_found(dataset: Dataset) -> None:
-    test = HeldOut(
-        dataset.test.fold_in, dataset.test.targets, dataset.validation.user_ids[: len(dataset.test.user_ids)]
-    )
+    user_ids = dataset.test.user_ids.copy()
+    user_ids[3] = dataset.user_ids[0]
+    test = HeldOut(dataset.test.fold_in, dataset.test.targets, user_ids)
     both = Dataset("both", dataset.train, dataset.validation, test, dataset.item_ids, dataset.user_ids)
     with pytest.raises(ValueError, match="both: a user is in more than one part"):
         both.validate()

@@ -563,7 +563,14 @@ def test_nothing_is_extracted_while_archives_are_read(tmp_path: Path) -> None:
 ITEMS = np.array([50, 10, 30])
 
 
-@pytest.mark.parametrize("text", ["9,10\n4,50\n9,77\n9,50\n8,1\n9,10\n", "user,item\n9,10\n4,50\n9,77\n9,50\n8,1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9,10\n4,50\n9,77\n9,50\n8,1\n9,10\n",
+        "user,item\n9,10\n4,50\n9,77\n9,50\n8,1\n",
+        "a,b\n9,10\n4,50\n9,77\n9,50\n8,1",
+    ],
+)
 def test_histories_of_integers(tmp_path: Path, text: str) -> None:
     users, matrix, n_unknown = read_histories(write(tmp_path / "h.csv", text), ITEMS)
     assert users.tolist() == [9, 4, 8]

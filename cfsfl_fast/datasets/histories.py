@@ -41,7 +41,7 @@ def read_histories(
     if len(files) != 1:
         raise ValueError(f"{path}: expected one file of pairs; found {len(files)}")
     file = files[0]
-    layout, has_header = csv_layout(file, Columns(user_column, item_column, None, delimiter, header))
+    layout, has_header = csv_layout(file, Columns(user_column, item_column, None, delimiter, header), by_position=True)
     layout = layout.without_rating()
     users: list[Ids] = []
     items: list[Ids] = []

@@ -116,7 +116,7 @@ def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) 
     Raises:
         FileExistsError: as in `prepare`.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()
     _check_replaceable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))

@@ -113,7 +113,7 @@ def _filtered(
     if protocol.min_rating is not None:
         if events.ratings is None:
             raise ValueError(f"{events.name}: the protocol keeps ratings above {protocol.min_rating}; found no ratings")
-        keep = events.ratings > protocol.min_rating
+        keep = events.ratings > np.float64(protocol.min_rating)  # a Python float would be rounded to float32 first
         users, items = users[keep], items[keep]
         report["after_rating"] = _counts(users, items)
     if protocol.min_item_users is not None:

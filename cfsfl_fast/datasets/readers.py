@@ -247,14 +247,17 @@ def _netflix_chunks(file: SourceFile, progress: Progress | None, block_bytes: in
             yield Chunk(ratings.users, movie_of[~is_heading], ratings.ratings)
 
 
-def csv_layout(file: SourceFile, columns: Columns) -> tuple[Layout, bool]:
+def csv_layout(file: SourceFile, columns: Columns, by_position: bool = False) -> tuple[Layout, bool]:
     """How the lines of a csv or tsv are cut, and whether its first line is a header.
+
+    Args:
+        by_position: take the first column as user and the second as item where the header has unknown names.
 
     Raises:
         ValueError: an empty file, no delimiter, a column that is not there, or a header that names no user or item.
     """
     head = read_head(file).decode("utf-8", errors="replace")
-    rows = [line for line in head.splitlines() if line]
+    rows = [line for line in (line.rstrip("\r") for line in head.split("\n")) if line]
     if not rows:
         raise ValueError(f"{file.name}: the file is empty")
     delimiter = columns.delimiter or _find_delimiter(rows[0], file.name)
@@ -267,8 +270,8 @@ def csv_layout(file: SourceFile, columns: Columns) -> tuple[Layout, bool]:
         ) from error
     plain = [re.sub("[^a-z]", "", cell.lower()) for cell in cells]
     header = _has_header(cells, second, plain, columns)
-    user = _column(columns.user, USER_NAMES, "user", 0, cells, plain, header, file.name)
-    item = _column(columns.item, ITEM_NAMES, "item", 1, cells, plain, header, file.name)
+    user = _column(columns.user, USER_NAMES, "user", 0, cells, plain, header, file.name, by_position)
+    item = _column(columns.item, ITEM_NAMES, "item", 1, cells, plain, header, file.name, by_position)
     rating: int | None
     if columns.rating is not None:
         rating = _column(columns.rating, RATING_NAMES, "rating", 2, cells, plain, header, file.name)
@@ -314,6 +317,7 @@ def _column(
     plain: list[str],
     header: bool,
     file_name: str,
+    by_position: bool = False,
 ) -> int:
     if isinstance(given, str):
         if given not in cells:
@@ -321,11 +325,12 @@ def _column(
         return cells.index(given)
     if given is None and header:
         known = [plain.index(name) for name in names if name in plain]
-        if not known:
+        if not known and not by_position:
             raise ValueError(
                 f"{file_name}, line 1: which column is the {role}? give {role}_column; found {', '.join(cells)}"
             )
-        return known[0]
+        if known:
+            return known[0]
     number = default if given is None else given
     if not 0 <= number < len(cells):
         raise ValueError(f"{file_name}, line 1: expected a column {number} for the {role}; found {len(cells)} columns")
