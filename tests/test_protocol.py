@@ -24,8 +24,11 @@ Triple = tuple[object, object, float]
 
 
 def slow_split(rows: list[Triple], min_rating, min_item_users, min_user_items, held_out, seed=98765):
-    """SPEC 5, word for word. Item ids, the training users' items, and per held-out group the (fold-in, targets) of
-    its users and how many were skipped; None where nobody is left to train on."""
+    """The protocol, word for word.
+
+    Gives the item ids, the training users' items, and per held-out group the (fold-in, targets) of its users and how
+    many were skipped; None where nobody is left to train on.
+    """
     seen, distinct = set(), []
     for user, item, rating in rows:
         if (user, item) not in seen:

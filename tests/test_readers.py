@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsfl_fast.datasets import Events, load_source, read_events, read_histories
+from cfsfl_fast.datasets.events import _distinct
 
 DATA = Path(os.environ.get("CFSFL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SMALL = DATA / "ml-latest-small_ratings.csv.xz"
@@ -245,6 +246,14 @@ def test_the_first_of_repeated_events_stays(tmp_path: Path, block_bytes: int) ->
     assert events.report == {"events_read": 5, "duplicates": 2, "explicit_zeros": 0}
 
 
+def test_texts_that_share_a_hash_stay_apart(tmp_path: Path) -> None:
+    twins = ["abcdefghijklmnop", "coavdfinuxZUrO`L"]  # found by search: equal under the encoder's 64-bit hash
+    first, _ = _distinct(np.array(twins, "S16"))
+    assert sorted(first.tolist()) == [twin.encode() for twin in twins]
+    source = write(tmp_path / "some.csv", "user,item\n" + f"{twins[1]},1\n{twins[0]},1\n{twins[1]},2\n")
+    assert triples(read_events(source)) == [(twins[1], 1, None), (twins[0], 1, None), (twins[1], 2, None)]
+
+
 GOOD = "1,2,3.5,4\n"
 HEADER = "userId,movieId,rating,timestamp\n"
 
@@ -255,6 +264,7 @@ HEADER = "userId,movieId,rating,timestamp\n"
     [
         ("ratings.csv", HEADER + GOOD * 15 + "1,2,3.5\n" + GOOD, f"line 17: expected {HEADER[:-1]}; found '1,2,3.5'"),
         ("ratings.csv", HEADER + GOOD * 3 + "1,2,3,4,5\n" + "1,2,3\n", "line 5: expected .* found '1,2,3,4,5'"),
+        ("ratings.csv", HEADER + GOOD * 3 + "1,2,3\n" + "1,2,3,4,5\n", "line 5: expected .* found '1,2,3'"),
         ("ratings.csv", HEADER + GOOD + "1,x2,3,4\n", "line 3: expected .* found '1,x2,3,4'"),
         ("ratings.csv", HEADER + GOOD + "1,02,3,4\n", "line 3: expected .* found '1,02,3,4'"),
         ("ratings.csv", HEADER + GOOD + ",2,3,4\n", "line 3: expected .* found ',2,3,4'"),
@@ -322,6 +332,10 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path, text: str, optio
         ({"user_column": "u", "header": False}, "'u' is given by name, but header is False"),
         ({"block_bytes": 0}, "block_bytes must be at least 1; got 0"),
         ({"format": "scipy"}, "not of format 'scipy'"),
+        (
+            {"format": "netflix", "user_column": 0},
+            "options of csv and parquet; found netflix",
+        ),
         ({"format": "split"}, "not of format 'split'"),
     ],
 )

@@ -94,7 +94,14 @@ def find_source(path: str | Path, format: str = "auto", columns: Columns | None 
         FileNotFoundError: nothing is there.
         ValueError: an unknown format, nothing readable inside, or several files of which none is the obvious one.
     """
-    path = Path(path)
+    source = _find(Path(path), format, columns)
+    if columns is not None and columns != Columns() and source.format not in ("csv", "parquet"):
+        found = f"found {source.format}"
+        raise ValueError(f"{source.path.name}: columns, delimiter and header are options of csv and parquet; {found}")
+    return source
+
+
+def _find(path: Path, format: str, columns: Columns | None) -> Source:
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; expected auto or one of {', '.join(FORMATS)}")
     if path.is_file() and is_zip(path) and (npz := npz_format(path)) is not None:
@@ -108,7 +115,7 @@ def find_source(path: str | Path, format: str = "auto", columns: Columns | None 
     if path.is_dir() and len(chosen) == 1:
         inside = path / chosen[0].name.split("/", 1)[-1]
         if is_zip(inside):
-            return find_source(inside, format, columns)
+            return _find(inside, format, columns)
     if format in ("split", "scipy", "compact"):
         raise ValueError(f"{path.name}: not of format {format!r}; found {chosen[0].name}")
     if format == "auto":
