@@ -91,6 +91,13 @@ def test_indices_are_mapped_and_never_copied(dataset: Dataset, tmp_path: Path) -
     assert indices.dtype == np.int32
 
 
+def test_the_shared_ones_cannot_be_changed(dataset: Dataset, tmp_path: Path) -> None:
+    save_dataset(dataset, tmp_path / "out")
+    opened = open_dataset(tmp_path / "out")
+    with pytest.raises(ValueError, match="read-only"):
+        opened.train.data[0] = 2
+
+
 def test_arrays_on_disk_are_plain_and_as_documented(dataset: Dataset, tmp_path: Path) -> None:
     save_dataset(dataset, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
