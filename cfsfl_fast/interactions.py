@@ -126,15 +126,23 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
         return _from_triplets(rows, items, dense[rows, items], x.shape[0], n_items).to(device)
     if sp.issparse(x):
         _check_width(x.shape, n_items)
-        coo = x.tocoo()
-        rows, items = (torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in (coo.row, coo.col))
-        return _from_triplets(rows, items, torch.from_numpy(np.ascontiguousarray(coo.data)), x.shape[0], n_items).to(
-            device
-        )
+        return _from_scipy(x, n_items).to(device)
     raise TypeError(
         "histories must be a scipy sparse matrix, a torch tensor (sparse or dense), a NumPy array or a pair "
         f"(items, offsets); got {type(x).__name__}"
     )
+
+
+def _from_scipy(x: Any, n_items: int) -> Interactions:
+    csr = x.tocsr()
+    values = torch.tensor(csr.data)
+    if csr.has_canonical_format and bool((values > 0).all()) and bool(values.isfinite().all()):
+        items, offsets = (torch.from_numpy(ids.astype(np.int64)) for ids in (csr.indices, csr.indptr))
+        _check_range(items, n_items)
+        return Interactions(items, offsets, n_items)
+    coo = csr.tocoo()
+    rows, items = (torch.from_numpy(ids.astype(np.int64)) for ids in (coo.row, coo.col))
+    return _from_triplets(rows, items, values, x.shape[0], n_items)
 
 
 def _check_width(shape: Any, n_items: int) -> None:

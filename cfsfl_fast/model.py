@@ -18,7 +18,7 @@ from cfsfl_fast.loop import Unrolled, unroll
 from cfsfl_fast.recommenders import RECOMMENDERS
 from cfsfl_fast.virtual_user import LookupTable, VirtualUser, feedback_generator, reward_estimator
 
-ROWS = 16
+ROWS = 32
 """Batches are padded with empty users to a multiple of this: a row then has the same bits in any batch."""
 
 BATCH = 512
@@ -176,7 +176,8 @@ class CFSFL(nn.Module):
 
         Returns:
             ids [B, n] int64, score descending, ties to the smaller id; scores [B, n] float32. Padded with -1 and -inf
-            where fewer items exist. Equal for any batch that a user is in.
+            where fewer items exist. The same bits in any batch and order where layers are multiples of 4 wide (as the
+            defaults are; a CPU's library products of other widths round by position).
 
         Raises:
             ValueError: n is negative, an id is out of range, or weights or scores are NaN.

@@ -242,11 +242,12 @@ def row_bag(table: Table, items: Tensor, offsets: Tensor, weights: Tensor | None
         table: [M, D].
         items: [E] int64 in 0..M-1.
         offsets: [B + 1] int64, ascending from 0 to E.
-        weights: [E], None for ones; no gradient.
+        weights: [E] of any float dtype, None for ones; no gradient.
 
     Returns:
         [B, D]; an empty row gives 0.
     """
+    weights = None if weights is None else weights.to(table.weight.dtype)
     impl = implementation(table.weight.device)
     if impl is reference:
         return reference.row_bag(table.weight, items, offsets, weights)
