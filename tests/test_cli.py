@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from cfsfl_fast.cli import main
 from tests.conftest import clusters
 
-OPTIONS = "--steps 2 --top-k 6 --hidden-dim 24 --latent-dim 8 --lookup-dim 8 --feedback-dim 8 --batch-size 32".split()
-OPTIONS += "--epochs 15,1,2 --learning-rate 1e-2".split()
+SIZES = ["--steps=2", "--top-k=6", "--hidden-dim=24", "--latent-dim=8", "--lookup-dim=8", "--feedback-dim=8"]
+OPTIONS = [*SIZES, "--batch-size=32", "--epochs=15,1,2", "--learning-rate=1e-2", "--joint-learning-rate=1e-3"]
 
 
 def cfsfl(*arguments: object) -> Result:

@@ -78,7 +78,7 @@ def test_supervised_loss_is_the_elbo(reading: str, mask_kept: bool, kl: str) -> 
 
 
 def test_the_readings_split_a_history_as_they_say() -> None:
-    model, x, users, config = problem(reading="heldout")
+    _, x, users, config = problem(reading="heldout")
     batch = view(x, users, config, 1)
     assert torch.equal(dense(batch.seen) + dense(batch.targets), dense(x))
     assert 0.35 < len(batch.seen.items) / len(x.items) < 0.65
