@@ -26,8 +26,9 @@ class CFSFLConfig:
 
     Losses
         mask_kept: in the "heldout" reading, what was seen leaves the softmax.
-        kl: "per_user" weighs a user's KL term by kl_gamma |x_u|; "annealed" by beta = min(kl_cap, step / anneal_steps).
-        anneal_steps: steps of that ramp at slope 1; "auto" reaches the cap after 85 % of all updates.
+        kl: "annealed" weighs the KL term by beta = min(kl_cap, step / anneal_steps); "per_user" weighs user u's by
+            kl_gamma |x_u| beta / kl_cap, the same ramp.
+        anneal_steps: steps in which beta would reach 1; "auto" reaches the cap after 85 % of all updates.
         reward_weight: lambda_adv of the adversarial term in (7).
         reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
         l2: penalty l2 / batch_size ||W||^2 on the recommender's weights.

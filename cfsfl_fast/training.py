@@ -72,10 +72,11 @@ class Noise:
 
 
 def _kl_weight(batch: View, config: CFSFLConfig, step: int) -> Tensor | float:
-    if config.kl == "per_user":
-        return config.kl_gamma * batch.sizes
     assert isinstance(config.anneal_steps, int)
-    return losses.annealed_beta(step, config.anneal_steps, config.kl_cap)
+    beta = losses.annealed_beta(step, config.anneal_steps, config.kl_cap)
+    if config.kl == "per_user" and config.kl_cap:
+        return config.kl_gamma * beta / config.kl_cap * batch.sizes
+    return beta
 
 
 class Lists(NamedTuple):
