@@ -1,0 +1,86 @@
+// What the operations on scores share: the problem, its split into tasks, and the walk over its score tiles.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "lists.h"
+
+namespace cfsfl {
+
+// Scores s = u weight^T + bias with listed items left out.
+struct Problem {
+    const float *u, *weight, *bias;  // [B, H], [M, H], [M]
+    int64_t B, M, H;
+    const int64_t *exclude_items, *exclude_offsets;  // CSR, ascending in a row; null for none
+    int threads;
+};
+
+// Items of a row that are left out, walked in ascending order.
+struct Excluded {
+    const int64_t *next = nullptr, *end = nullptr;
+
+    Excluded() = default;
+    Excluded(const Problem& p, int64_t row, int64_t first_item) {
+        if (!p.exclude_items) return;
+        end = p.exclude_items + p.exclude_offsets[row + 1];
+        next = std::lower_bound(p.exclude_items + p.exclude_offsets[row], end, first_item);
+    }
+
+    // s[j] = -inf for the excluded among items first .. first + n - 1.
+    void mask(float* s, int64_t first, int n) {
+        for (; next < end && *next < first + n; ++next) s[*next - first] = -INF;
+    }
+};
+
+// Items over which sums are taken before they are joined in order: never depends on how work is split.
+constexpr int SEGMENT = 1024;
+
+// Chunks of users, and ranges of items where there are too few users to occupy the threads.
+struct Split {
+    int64_t chunk, chunks, range, ranges;
+
+    Split(int64_t B, int64_t M, int threads) {
+        // Users whose codes, beside a block of items, stay in the second-level cache.
+        constexpr int64_t most = 132;
+        chunks = threads * ((B + threads * most - 1) / (threads * most));
+        chunk = std::max<int64_t>((B + chunks - 1) / std::max<int64_t>(chunks, 1), 1);
+        chunk = (chunk + BLOCK_B - 1) / BLOCK_B * BLOCK_B;
+        chunks = (B + chunk - 1) / chunk;
+        const int64_t segments = (M + SEGMENT - 1) / SEGMENT;
+        ranges = chunks >= threads
+                     ? 1
+                     : std::max<int64_t>(1, std::min(segments, 2 * threads / std::max<int64_t>(chunks, 1)));
+        range = std::max<int64_t>(1, (segments + ranges - 1) / std::max<int64_t>(ranges, 1)) * SEGMENT;
+        ranges = std::max<int64_t>(1, (M + range - 1) / range);
+    }
+};
+
+// Calls sink(row, scores, first item, how many) for every block of items first .. last - 1 and every row begin .. end
+// - 1. `row_of` names the row of the exclusion lists.
+template <class RowOf, class Sink>
+void for_tiles(const Kernels& kernels, const Problem& p, int64_t begin, int64_t end, int64_t first, int64_t last,
+               RowOf row_of, Sink sink) {
+    std::vector<Excluded> excluded;
+    for (int64_t b = begin; b < end; ++b) excluded.emplace_back(p, row_of(b), first);
+    alignas(64) float s[BLOCK_B * BLOCK_M];
+    const int64_t blocks = (end - begin + BLOCK_B - 1) / BLOCK_B;
+    for (int64_t j = first; j < last; j += BLOCK_M) {
+        const int N = (int)std::min<int64_t>(BLOCK_M, last - j);
+        const bool more = j + 2 * BLOCK_M <= last;
+        const int64_t share = more ? BLOCK_M * p.H * 4 / blocks : 0;
+        const char* ahead = (const char*)(p.weight + (more ? j + BLOCK_M : j) * p.H);
+        for (int64_t b = begin; b < end; b += BLOCK_B, ahead += share) {
+            const int R = (int)std::min<int64_t>(BLOCK_B, end - b);
+            kernels.score_block(s, BLOCK_M, p.u + b * p.H, p.H, R, p.weight + j * p.H, N, p.bias + j, (int)p.H, ahead,
+                                share);
+            for (int r = 0; r < R; ++r) {
+                excluded[b - begin + r].mask(s + r * BLOCK_M, j, N);
+                sink(b + r, s + r * BLOCK_M, j, N);
+            }
+        }
+    }
+}
+
+}  // namespace cfsfl
