@@ -73,7 +73,7 @@ __attribute__((target(VNNI_TARGET))) static void coarse_block(float* upper, cons
                                                               const float* user_b, const int8_t* item_q,
                                                               const float* item_scale, const int32_t* item_offset,
                                                               const float* item_norm, const float* item_error,
-                                                              const float* item_bias, int H, const char* ahead) {
+                                                              const float* item_bias, int H) {
     const int words = (H + 3) / 4;
     const int32_t* u = (const int32_t*)user_q;
     __m512i acc[COARSE_B][2];
@@ -86,7 +86,6 @@ __attribute__((target(VNNI_TARGET))) static void coarse_block(float* upper, cons
             acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], a, b1);
         }
     }
-    (void)ahead;
     for (int half = 0; half < 2; ++half) {
         const int j = half * LANES;
         const __m512i offset = _mm512_loadu_si512(item_offset + j);

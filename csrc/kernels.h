@@ -66,8 +66,7 @@ struct Kernels {
                          int n, int H);
     void (*coarse_block)(float* upper, const uint8_t* user_q, const float* user_scale, const float* user_a,
                          const float* user_b, const int8_t* item_q, const float* item_scale, const int32_t* item_offset,
-                         const float* item_norm, const float* item_error, const float* item_bias, int H,
-                         const char* ahead);
+                         const float* item_norm, const float* item_error, const float* item_bias, int H);
 };
 
 extern const Kernels plain_kernels;

@@ -40,10 +40,9 @@ void linear_nll(const Problem& p, float* nll, float* lse, Lists out, const int64
     {
         FlushScope flush;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < split.chunks * split.ranges; ++task) {
-            const int64_t begin = task / split.ranges * split.chunk, end = std::min(begin + split.chunk, p.B);
-            const int64_t part = task % split.ranges;
-            const int64_t first = part * split.range, last = std::min(first + split.range, p.M);
+        for (int64_t task = 0; task < split.tasks; ++task) {
+            const int64_t begin = split.begin(task), end = split.end(task), part = split.part(task);
+            const int64_t first = split.first(task), last = std::min(first + split.range, p.M);
             for_tiles(
                 kernels, p, begin, end, first, last, [](int64_t b) { return b; },
                 [&](int64_t b, const float* s, int64_t j, int n) {

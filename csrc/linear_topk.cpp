@@ -51,7 +51,6 @@ void full_search(const Rows& rows, Lists out, Candidates* keep) {
     const int capacity = 2 * C + 192;
     const int64_t room = Shortlist::room(capacity);
     const Split split(p.B, p.M, p.threads);
-    const int64_t tasks = split.chunks * split.ranges;
     // Where the items are split, each task leaves its shortlists here.
     const bool joined = split.ranges > 1;
     const int64_t lists = joined ? p.B * split.ranges : 0;
@@ -60,15 +59,14 @@ void full_search(const Rows& rows, Lists out, Candidates* keep) {
     std::vector<Shortlist> all(lists);
 #pragma omp parallel num_threads(p.threads)
     {
-        Array<float> values = array<float>(joined ? 0 : split.chunk * room);
-        Array<int32_t> ids = array<int32_t>(joined ? 0 : split.chunk * room);
+        Array<float> values = array<float>(joined ? 0 : split.chunks.largest() * room);
+        Array<int32_t> ids = array<int32_t>(joined ? 0 : split.chunks.largest() * room);
         std::vector<uint64_t> keys;
         std::vector<Shortlist> chunk_lists;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t begin = task / split.ranges * split.chunk, end = std::min(begin + split.chunk, p.B);
-            const int64_t part = task % split.ranges;
-            const int64_t first = part * split.range, last = std::min(first + split.range, p.M);
+        for (int64_t task = 0; task < split.tasks; ++task) {
+            const int64_t begin = split.begin(task), end = split.end(task), part = split.part(task);
+            const int64_t first = split.first(task), last = std::min(first + split.range, p.M);
             chunk_lists.assign(end - begin, Shortlist());
             for (int64_t b = begin; b < end; ++b) {
                 const int64_t place = joined ? b * split.ranges + part : b - begin;
@@ -137,7 +135,8 @@ bool Refiner::refine(const Kernels& kernels, const Problem& p, const float* u, f
     return rest < least || rest == -INF;
 }
 
-void search(const Problem& p, const std::vector<int64_t>* chosen, Lists out, Candidates* keep, Counts& counts) {
+void search(const Problem& p, const std::vector<int64_t>* chosen, Lists out, Candidates* keep, ItemCodes& codes,
+            Counts& counts) {
     const Kernels& kernels = cfsfl::kernels();
     const Rows rows = chosen ? Rows(p, *chosen) : Rows(p);
     const int64_t n_rows = rows.p.B;
@@ -150,7 +149,7 @@ void search(const Problem& p, const std::vector<int64_t>* chosen, Lists out, Can
         return;
     }
     Candidates found(n_rows, C);
-    coarse_search(rows, found);
+    coarse_search(rows, found, codes);
     std::vector<char> proved(n_rows, 0);
 #pragma omp parallel num_threads(p.threads)
     {
@@ -180,11 +179,13 @@ void search(const Problem& p, const std::vector<int64_t>* chosen, Lists out, Can
 
 void linear_topk(const Problem& p, Lists out, LoopState* state) {
     if (out.K == 0 || p.B == 0) return;
-    Counts counts;
-    if (state)
+    if (state) {
         state->topk(p, out);
-    else
-        search(p, nullptr, out, nullptr, counts);
+        return;
+    }
+    ItemCodes codes;
+    Counts counts;
+    search(p, nullptr, out, nullptr, codes, counts);
 }
 
 }  // namespace cfsfl

@@ -55,8 +55,20 @@ struct Rows {
 // Every score computed. Lists of `out`; with `keep` also the candidates (their scores exact).
 void full_search(const Rows& rows, Lists out, Candidates* keep);
 
+// coarse.cpp: 8-bit codes of items, as many as fit a fixed budget at a time.
+struct ItemCodes {
+    int64_t first = -1, last = -1;  // the items that are coded now
+    Array<int8_t> q;
+    std::vector<float> scale, norm, error, bias;
+    std::vector<int32_t> offset;
+
+    // Codes items from..to, by all threads of a team that calls it together.
+    void code(const Kernels& kernels, const Problem& p, int64_t from, int64_t to);
+    void reserve(const Problem& p, int64_t items);
+};
+
 // coarse.cpp: candidates by integer upper bounds.
-void coarse_search(const Rows& rows, Candidates& keep);
+void coarse_search(const Rows& rows, Candidates& keep, ItemCodes& codes);
 
 // Looks again at one row's candidates until the list is proved: false where the bound on the rest forbids it.
 // Leaves exact scores in `upper` where it computed them.
@@ -69,7 +81,8 @@ struct Refiner {
 };
 
 // The lists of all rows, screened where that pays. `keep` (optional): its rows are those of the whole problem.
-void search(const Problem& p, const std::vector<int64_t>* chosen, Lists out, Candidates* keep, Counts& counts);
+void search(const Problem& p, const std::vector<int64_t>* chosen, Lists out, Candidates* keep, ItemCodes& codes,
+            Counts& counts);
 
 // What the steps of one loop know of each other: see loop_state.cpp.
 class LoopState {
@@ -89,6 +102,7 @@ class LoopState {
     float largest_norm_ = 0;
     std::vector<float> norms_;  // [M] upper bounds of || w_j ||
     Candidates kept_;
+    ItemCodes codes_;
     Array<float> u_;  // [B, H] the last step's codes
     std::vector<float> u_norm_;
     std::vector<int64_t> ids_;  // [B, K] the last step's lists

@@ -42,6 +42,7 @@ bool LoopState::fits(const Problem& p, int K) const {
 void LoopState::start(const Problem& p, Lists out) {
     const Kernels& kernels = cfsfl::kernels();
     weight_ = p.weight, bias_ = p.bias, B_ = p.B, M_ = p.M, H_ = p.H, K_ = out.K;
+    codes_.first = -1;
     u_ = array<float>(p.B * p.H);
     u_norm_.assign(p.B, INF);
     ids_.assign(p.B * out.K, -1);
@@ -113,7 +114,7 @@ void LoopState::topk(const Problem& p, Lists out) {
     // Where most of those that moved moved too far, later steps are searched without keeping candidates.
     if (!first && 2 * (int64_t)open.size() > p.B - repeated) bounded_ = false;
     if (!open.empty())
-        search(p, (int64_t)open.size() == p.B ? nullptr : &open, out, bounded_ ? &kept_ : nullptr, counts);
+        search(p, (int64_t)open.size() == p.B ? nullptr : &open, out, bounded_ ? &kept_ : nullptr, codes_, counts);
 #pragma omp parallel for schedule(static) num_threads(p.threads)
     for (int64_t b = 0; b < p.B; ++b) {
         if (how[b] == REPEATED) continue;

@@ -37,24 +37,35 @@ struct Excluded {
 // Items over which sums are taken before they are joined in order: never depends on how work is split.
 constexpr int SEGMENT = 1024;
 
-// Chunks of users, and ranges of items where there are too few users to occupy the threads.
-struct Split {
-    int64_t chunk, chunks, range, ranges;
+// Users in chunks of whole blocks, even to one block. Their codes, beside a block of items, stay in the second-level cache.
+struct Chunks {
+    static constexpr int64_t most = 132;
+    int64_t users, block, blocks, n;
 
-    Split(int64_t B, int64_t M, int threads) {
-        // Users whose codes, beside a block of items, stay in the second-level cache.
-        constexpr int64_t most = 132;
-        chunks = threads * ((B + threads * most - 1) / (threads * most));
-        chunk = std::max<int64_t>((B + chunks - 1) / std::max<int64_t>(chunks, 1), 1);
-        chunk = (chunk + BLOCK_B - 1) / BLOCK_B * BLOCK_B;
-        chunks = (B + chunk - 1) / chunk;
-        const int64_t segments = (M + SEGMENT - 1) / SEGMENT;
-        ranges = chunks >= threads
-                     ? 1
-                     : std::max<int64_t>(1, std::min(segments, 2 * threads / std::max<int64_t>(chunks, 1)));
-        range = std::max<int64_t>(1, (segments + ranges - 1) / std::max<int64_t>(ranges, 1)) * SEGMENT;
-        ranges = std::max<int64_t>(1, (M + range - 1) / range);
+    Chunks(int64_t users_, int64_t block_, int threads)
+        : users(users_), block(block_), blocks((users_ + block_ - 1) / block_),
+          n(std::min(blocks, threads * ((users_ + threads * most - 1) / (threads * most)))) {}
+    int64_t begin(int64_t i) const { return std::min(users, blocks * i / n * block); }
+    int64_t end(int64_t i) const { return begin(i + 1); }
+    int64_t largest() const { return ((blocks + n - 1) / n) * block; }
+};
+
+// Tasks of a search: chunks of users, and ranges of items where there are too few users to occupy the threads.
+struct Split {
+    Chunks chunks;
+    int64_t range, ranges, tasks;
+
+    Split(int64_t B, int64_t M, int threads) : chunks(B, BLOCK_B, threads) {
+        const int64_t segments = std::max<int64_t>((M + SEGMENT - 1) / SEGMENT, 1);
+        ranges = chunks.n >= threads ? 1 : std::min(segments, 2 * threads / std::max<int64_t>(chunks.n, 1));
+        range = (segments + ranges - 1) / ranges * SEGMENT;
+        ranges = std::max<int64_t>((M + range - 1) / range, 1);
+        tasks = chunks.n * ranges;
     }
+    int64_t begin(int64_t task) const { return chunks.begin(task / ranges); }
+    int64_t end(int64_t task) const { return chunks.end(task / ranges); }
+    int64_t part(int64_t task) const { return task % ranges; }
+    int64_t first(int64_t task) const { return part(task) * range; }
 };
 
 // Calls sink(row, scores, first item, how many) for every block of items first .. last - 1 and every row begin .. end
