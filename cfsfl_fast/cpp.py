@@ -3,8 +3,8 @@
 Thin: checks, addresses and outputs. What the kernels do not cover (other dtypes than float32) goes to `library`.
 
 Threads   as many as torch uses (`torch.set_num_threads`), in torch's own OpenMP pool.
-Numerics  a score is one fixed order of float32 operations, so lists, losses and feedback have the same bits in any batch,
-          on any number of threads and with any instruction set.
+Numerics  a score is one fixed order of float32 operations, so lists, losses and feedback have the same bits in any
+          batch, on any number of threads and with any instruction set.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def linear_nll(
     k: int,
     state: LoopState | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and what backward can use again.
+    """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and what backward uses again.
 
     The last is the scores [B, M], or None where they are too many to keep.
     """
@@ -189,7 +189,7 @@ def linear_nll_backward(
     lse: Tensor,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x) here, two products by the library."""
+    """Gradients of u [B, H], weight [M, H], bias [M]: ds = dnll (|x| softmax(s) - x) here, the products by the library."""
     if not _covers(u, weight, bias, dnll):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
@@ -260,7 +260,7 @@ def feedback_step(
     exclude: CSR | None = None,
     state: LoopState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v [B, V], the reward's logit [B], h [B, D], ids, scores and list weights [B, K] of one turn of the virtual user."""
+    """v [B, V], the reward's logit [B], h [B, D], ids, scores and weights [B, K] of one turn of the virtual user."""
     ids, scores = linear_topk(u, weight, bias, k, exclude, state)
     h, w = fuse(hx, lookup, ids, scores, action)
     logit, v = respond(h, reward, feedback)

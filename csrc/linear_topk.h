@@ -91,7 +91,7 @@ class LoopState {
     Counts counts;
 
  private:
-    bool fits(const Problem& p, int K) const;
+    bool fits(const Problem& p) const;
     void start(const Problem& p, Lists out);
     bool advance(const Kernels& kernels, const Problem& p, int64_t b, Refiner& refiner, Lists out);
 

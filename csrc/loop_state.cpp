@@ -29,24 +29,23 @@ double norm_bound(double squares, int64_t H) {
 
 // A bound on a computed score after its true value moved by no more than `by`.
 float moved(float bound, double by) {
+    if (bound == -INF) return bound;  // no item, or one that can never be listed
     const double up = bound + by + std::fabs((double)bound) * std::ldexp(1.0, -22);
     return (float)(up + std::fabs(up) * std::ldexp(1.0, -22) + 1e-33);
 }
 
 }  // namespace
 
-bool LoopState::fits(const Problem& p, int K) const {
-    return p.weight == weight_ && p.bias == bias_ && p.B == B_ && p.M == M_ && p.H == H_ && K == K_;
+bool LoopState::fits(const Problem& p) const {
+    return p.weight == weight_ && p.bias == bias_ && p.B == B_ && p.M == M_ && p.H == H_;
 }
 
 void LoopState::start(const Problem& p, Lists out) {
     const Kernels& kernels = cfsfl::kernels();
-    weight_ = p.weight, bias_ = p.bias, B_ = p.B, M_ = p.M, H_ = p.H, K_ = out.K;
+    weight_ = p.weight, bias_ = p.bias, B_ = p.B, M_ = p.M, H_ = p.H, K_ = 0;
     codes_.first = -1;
     u_ = array<float>(p.B * p.H);
     u_norm_.assign(p.B, INF);
-    ids_.assign(p.B * out.K, -1);
-    scores_.assign(p.B * out.K, -INF);
     norms_.resize(p.M);
     float largest = 0;
     bool sound = true;
@@ -58,7 +57,7 @@ void LoopState::start(const Problem& p, Lists out) {
     }
     largest_norm_ = largest;
     const int C = (int)std::min<int64_t>(std::max(CANDIDATES, 4 * out.K), p.M);
-    bounded_ = sound && out.K < C;
+    bounded_ = sound && 2 * out.K <= C;
     if (bounded_) kept_ = Candidates(p.B, C);
 }
 
@@ -72,19 +71,21 @@ bool LoopState::advance(const Kernels& kernels, const Problem& p, int64_t b, Ref
     if (!(d * largest_norm_ < LARGEST) || !((norm + u_norm_[b]) * largest_norm_ < LARGEST)) return false;
     const float rest = moved(kept_.rest[b], d * largest_norm_);
     // Where the bound on the rest passes the old list's end, scoring the candidates again is hardly ever a proof.
-    if (rest != -INF && !(rest < scores_[(b + 1) * K_ - 1])) return false;
+    if (rest != -INF && out.K <= K_ && !(rest < scores_[b * K_ + out.K - 1])) return false;
     float* upper = kept_.upper.get() + b * kept_.room;
     int32_t* items = kept_.ids.get() + b * kept_.room;
     for (int i = 0; i < kept_.n[b]; ++i) upper[i] = moved(upper[i], d * norms_[items[i]]);
     kept_.rest[b] = rest;
-    return refiner.refine(kernels, p, u, upper, items, kept_.n[b], rest, out.ids + b * K_, out.scores + b * K_, K_);
+    return refiner.refine(kernels, p, u, upper, items, kept_.n[b], rest, out.ids + b * out.K, out.scores + b * out.K,
+                          out.K);
 }
 
 void LoopState::topk(const Problem& p, Lists out) {
     const Kernels& kernels = cfsfl::kernels();
     const int K = out.K;
-    const bool first = !fits(p, K);
+    const bool first = !fits(p);
     if (first) start(p, out);
+    const bool bounded = bounded_ && 2 * K <= kept_.size;
     enum : char { OPEN, REPEATED, REFINED };
     std::vector<char> how(p.B, OPEN);
     if (!first) {
@@ -93,11 +94,11 @@ void LoopState::topk(const Problem& p, Lists out) {
             Refiner refiner;
 #pragma omp for schedule(dynamic, 8)
             for (int64_t b = 0; b < p.B; ++b) {
-                if (std::memcmp(u_.get() + b * p.H, p.u + b * p.H, p.H * sizeof(float)) == 0) {
-                    std::copy_n(ids_.data() + b * K, K, out.ids + b * K);
-                    std::copy_n(scores_.data() + b * K, K, out.scores + b * K);
+                if (K <= K_ && std::memcmp(u_.get() + b * p.H, p.u + b * p.H, p.H * sizeof(float)) == 0) {
+                    std::copy_n(ids_.data() + b * K_, K, out.ids + b * K);
+                    std::copy_n(scores_.data() + b * K_, K, out.scores + b * K);
                     how[b] = REPEATED;
-                } else if (bounded_ && advance(kernels, p, b, refiner, out)) {
+                } else if (bounded && advance(kernels, p, b, refiner, out)) {
                     how[b] = REFINED;
                 }
             }
@@ -112,9 +113,17 @@ void LoopState::topk(const Problem& p, Lists out) {
     counts.repeated += repeated;
     counts.refined += p.B - repeated - (int64_t)open.size();
     // Where most of those that moved moved too far, later steps are searched without keeping candidates.
-    if (!first && 2 * (int64_t)open.size() > p.B - repeated) bounded_ = false;
+    if (!first && bounded && 2 * (int64_t)open.size() > p.B - repeated) bounded_ = false;
     if (!open.empty())
-        search(p, (int64_t)open.size() == p.B ? nullptr : &open, out, bounded_ ? &kept_ : nullptr, codes_, counts);
+        search(p, (int64_t)open.size() == p.B ? nullptr : &open, out, bounded && bounded_ ? &kept_ : nullptr, codes_,
+               counts);
+    if (!bounded) bounded_ = false;
+    if (K != K_) {
+        K_ = K;
+        ids_.resize(p.B * K);
+        scores_.resize(p.B * K);
+        how.assign(p.B, OPEN);
+    }
 #pragma omp parallel for schedule(static) num_threads(p.threads)
     for (int64_t b = 0; b < p.B; ++b) {
         if (how[b] == REPEATED) continue;

@@ -59,10 +59,23 @@ void row_bag_backward(float* dtable, const float* dout, const int64_t* items, co
             rows[place] = b;
             if (weights) w[place] = weights[e];
         }
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
-    for (int64_t j = 0; j < M; ++j)
-        kernels.bag(dtable + j * D, nullptr, dout, D, rows.get() + start[j], weights ? w.get() + start[j] : nullptr,
-                    start[j + 1] - start[j]);
+    // A hot item's entries are summed in blocks, and the blocks' sums in order: errors grow with the block.
+    constexpr int64_t block = 64;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t zero = 0;
+        Array<float> part = array<float>(D);
+#pragma omp for schedule(dynamic, 64)
+        for (int64_t j = 0; j < M; ++j) {
+            float* out = dtable + j * D;
+            for (int64_t e = start[j]; e == start[j] || e < start[j + 1]; e += block) {
+                const int64_t n = std::min(block, start[j + 1] - e);
+                const bool first = e == start[j];
+                kernels.bag(first ? out : part.get(), nullptr, dout, D, rows.get() + e, weights ? w.get() + e : nullptr, n);
+                if (!first) kernels.bag(out, out, part.get(), D, &zero, nullptr, 1);
+            }
+        }
+    }
 }
 
 void row_dot(float* out, const float* x, const float* table, const int64_t* ids, int64_t B, int64_t K, int64_t D,
