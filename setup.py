@@ -1,4 +1,4 @@
-"""The C++ kernels. Everything declarative is in pyproject.toml; a failing compiler leaves a working pure-Python install."""
+"""The C++ kernels; everything declarative is in pyproject.toml. Without a compiler the install is pure Python and works."""
 
 from __future__ import annotations
 

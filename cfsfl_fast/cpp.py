@@ -25,8 +25,6 @@ KEEP_SCORES = 1 << 26
 
 CHUNK = 4096
 
-LoopState = _cpp.LoopState
-
 
 def _covers(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
@@ -119,13 +117,13 @@ def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def loop_state() -> LoopState:
+def loop_state() -> _cpp.LoopState:
     """What one pass over the loop remembers from step to step: lists, candidates and bounds of every user."""
-    return LoopState()
+    return _cpp.LoopState()
 
 
 def linear_topk(
-    u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None, state: LoopState | None = None
+    u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None, state: _cpp.LoopState | None = None
 ) -> tuple[Tensor, Tensor]:
     """Equation (2): ids and scores of the K best items, excluded ones left out. [B, K] twice"""
     if not _covers(u, weight, bias):
@@ -151,7 +149,7 @@ def linear_nll(
     offsets: Tensor,
     exclude: CSR | None,
     k: int,
-    state: LoopState | None = None,
+    state: _cpp.LoopState | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor | None]:
     """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and what backward uses again.
 
@@ -189,7 +187,7 @@ def linear_nll_backward(
     lse: Tensor,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u [B, H], weight [M, H], bias [M]: ds = dnll (|x| softmax(s) - x) here, the products by the library."""
+    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x) here, products by the library."""
     if not _covers(u, weight, bias, dnll):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
@@ -258,7 +256,7 @@ def feedback_step(
     k: int,
     action: str,
     exclude: CSR | None = None,
-    state: LoopState | None = None,
+    state: _cpp.LoopState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """v [B, V], the reward's logit [B], h [B, D], ids, scores and weights [B, K] of one turn of the virtual user."""
     ids, scores = linear_topk(u, weight, bias, k, exclude, state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,9 +98,10 @@ class Problem:
             return (t.t().contiguous().t() if strided else t).requires_grad_(grad)
 
         names = ("u", "weight", "bias", "hx", "lookup")
+        converted: dict[str, Any] = {name: convert(getattr(self, name)) for name in names}
         return replace(
             self,
-            **{name: convert(getattr(self, name)) for name in names},
+            **converted,
             weights=self.weights.detach().to(dtype),
             reward=[(convert(w), convert(b)) for w, b in self.reward],
             feedback=[(convert(w), convert(b)) for w, b in self.feedback],
@@ -110,8 +112,8 @@ class Problem:
         layers = {
             f"{n}.{i}.{w}": t
             for n in ("reward", "feedback")
-            for i, l in enumerate(getattr(self, n))
-            for w, t in zip("wb", l, strict=True)
+            for i, layer in enumerate(getattr(self, n))
+            for w, t in zip("wb", layer, strict=True)
         }
         return {"u": self.u, "weight": self.weight, "bias": self.bias, "hx": self.hx, "lookup": self.lookup, **layers}
 
@@ -152,7 +154,7 @@ def random_problem(
         return torch.randn(shape, generator=g) * scale
 
     def layers(sizes: Sequence[int]) -> Layers:
-        return [(draw(o, i, scale=i**-0.5), draw(o, scale=0.1)) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        return [(draw(o, i, scale=i**-0.5), draw(o, scale=0.1)) for i, o in pairwise(sizes)]
 
     left_out = random_rows(B, M, M // 3, g) if exclude else None
     items, offsets = random_rows(B, M, longest, g, without=left_out)
@@ -184,7 +186,7 @@ def assert_list(ids: Tensor, scores: Tensor, exclude: CSR | None, n_items: int) 
         assert [j for j, _ in listed] == [j for j in row[: len(listed)]], "padding comes last"
         assert len({j for j, _ in listed}) == len(listed)
         assert all(0 <= j < n_items for j, _ in listed)
-        assert all((x, -i) > (y, -j) for (i, x), (j, y) in zip(listed, listed[1:], strict=False)), "out of order"
+        assert all((x, -i) > (y, -j) for (i, x), (j, y) in pairwise(listed)), "out of order"
         assert all(x > -float("inf") for _, x in listed)
         if exclude is not None:
             banned = set(exclude[0][exclude[1][b] : exclude[1][b + 1]].tolist())

@@ -4,9 +4,9 @@
 //     < u, w >  =  a c < p, q > + < x, w > + < a p, y >
 //              <=  a c < p, q > + ||x|| ||w|| + (||u|| + ||x||) ||y||                                              (1)
 //
-// plus what float32 may add when the exact score is computed, and here: (ceil(H / 16) + 24) 2^-24 ||u|| ||w||, a share of
-// |bias|, and a constant for results that are flushed to zero. An item or a user too large for these sums to be finite
-// gets the bound +inf: it is scored exactly.
+// plus what float32 may add when the exact score is computed, and here: (ceil(H / 16) + 24) 2^-24 ||u|| ||w||, a share
+// of |bias|, and a constant for results that are flushed to zero. An item or a user too large for these sums to be
+// finite gets the bound +inf: it is scored exactly.
 //
 // Traffic   B M H multiply-adds of 8 bits, a quarter of the time of float32. Codes of at most BUDGET bytes are held: a
 //           catalogue that fits is coded once for all steps of a loop, a larger one in parts at every search.

@@ -37,13 +37,16 @@ struct Excluded {
 // Items over which sums are taken before they are joined in order: never depends on how work is split.
 constexpr int SEGMENT = 1024;
 
-// Users in chunks of whole blocks, even to one block. Their codes, beside a block of items, stay in the second-level cache.
+// Users in chunks of whole blocks, even to one block. Their codes, beside a block of items, stay in the second-level
+// cache.
 struct Chunks {
     static constexpr int64_t most = 132;
     int64_t users, block, blocks, n;
 
     Chunks(int64_t users_, int64_t block_, int threads)
-        : users(users_), block(block_), blocks((users_ + block_ - 1) / block_),
+        : users(users_),
+          block(block_),
+          blocks((users_ + block_ - 1) / block_),
           n(std::min(blocks, threads * ((users_ + threads * most - 1) / (threads * most)))) {}
     int64_t begin(int64_t i) const { return std::min(users, blocks * i / n * block); }
     int64_t end(int64_t i) const { return begin(i + 1); }

@@ -71,7 +71,8 @@ void row_bag_backward(float* dtable, const float* dout, const int64_t* items, co
             for (int64_t e = start[j]; e == start[j] || e < start[j + 1]; e += block) {
                 const int64_t n = std::min(block, start[j + 1] - e);
                 const bool first = e == start[j];
-                kernels.bag(first ? out : part.get(), nullptr, dout, D, rows.get() + e, weights ? w.get() + e : nullptr, n);
+                kernels.bag(first ? out : part.get(), nullptr, dout, D, rows.get() + e, weights ? w.get() + e : nullptr,
+                            n);
                 if (!first) kernels.bag(out, out, part.get(), D, &zero, nullptr, 1);
             }
         }

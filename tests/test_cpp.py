@@ -132,7 +132,7 @@ def test_batches(chosen: list[int], screening: bool) -> None:
 def hostile(name: str, p: Problem, g: torch.Generator) -> Problem:
     """A problem with one kind of trouble."""
     u, weight, bias = p.u.clone(), p.weight.clone(), p.bias.clone()
-    M, H = weight.shape
+    M = len(weight)
     if name == "equal":
         weight[:], bias[:] = weight[0].clone(), 0.5
     elif name == "duplicates":
