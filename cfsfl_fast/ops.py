@@ -126,13 +126,11 @@ def flushed_denormals() -> Iterator[None]:
     """
     cpp = _load("cfsfl_fast.cpp")[0]
     torch.set_flush_denormal(True)
-    before = cpp.flush_denormals(True) if cpp else None
     try:
-        yield
+        with cpp.flush_denormals() if cpp else contextlib.nullcontext():
+            yield
     finally:
         torch.set_flush_denormal(False)
-        if cpp:
-            cpp.flush_denormals(before)
 
 
 # Tables whose looked-up rows get sparse gradients
