@@ -1,4 +1,4 @@
-"""The C++ kernels; everything declarative is in pyproject.toml. Without a compiler the install is pure Python and works."""
+"""The C++ kernels; the rest is in pyproject.toml. Without a compiler the install is pure Python and works."""
 
 from __future__ import annotations
 

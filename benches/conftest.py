@@ -1,104 +1,105 @@
-"""Interleaved timing, and rows of results with device, versions and commit.
+"""Timing for benches: rivals interleaved in one run, medians, shares of a roof of the same session, saved rows.
 
-pytest benches [--results FOLDER] [--rounds N]
+Run with `pytest benches/ -s`. Rows go to benches/results/<bench>.jsonl. CFSFL_BENCH_ROUNDS sets the rounds (default 9).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cfsfl_fast import __version__, ops
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="folder that a file of JSON lines is written to")
-    parser.addoption("--rounds", type=int, default=5, help="timed rounds after the warm-up; the median counts")
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = int(os.environ.get("CFSFL_BENCH_ROUNDS", "9"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def flush_to_zero() -> None:
-    """Denormals count as zero for every side of a comparison, in every thread."""
-    torch.set_flush_denormal(True)
+def pytest_collect_file(parent: Any, file_path: Path) -> Any:
+    """Benches are named bench_*.py."""
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
 
 
-@pytest.fixture(scope="session")
-def backends() -> list[str]:
-    """The backends that can run on the CPU of this machine, slowest first."""
-    return [b for b in ("torch", "cpp") if ops.why_not(b, torch.device("cpu")) is None]
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
-Times = dict[str, list[float]]
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
 
 
-@pytest.fixture(scope="session")
-def interleave(request: pytest.FixtureRequest) -> Callable[[dict[str, Callable[[], Any]]], Times]:
-    """Seconds of every function in every round: one after the other, so that a slow minute slows all of them."""
-
-    def measure(functions: dict[str, Callable[[], Any]]) -> Times:
-        times: Times = {name: [] for name in functions}
-        for number in range(request.config.getoption("rounds") + 1):
-            for name, function in functions.items():
-                began = time.perf_counter()
-                function()
-                if number:
-                    times[name].append(time.perf_counter() - began)
-        return times
-
-    return measure
+def race(rivals: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each rival in each round, one after the other; a first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for r in range(rounds + 1):
+        for name, run in rivals.items():
+            start = time.perf_counter()
+            run()
+            if r:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 @pytest.fixture(scope="session")
-def machine() -> dict[str, Any]:
-    """What a row says about where it was measured."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+def roof() -> dict[str, float]:
+    """What the machine gives: the library's product in GFLOP/s, and a copy in GB/s (bytes read plus written)."""
+    a, b, c = torch.randn(500, 600), torch.randn(20108, 600), torch.empty(500, 20108)
+    x, y = torch.randn(1 << 24), torch.empty(1 << 24)
+    times = race({"mm": lambda: torch.mm(a, b.T, out=c), "copy": lambda: y.copy_(x)})
     return {
-        "device": f"{model}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "cfsfl_fast": __version__,
-        "commit": git.stdout.strip() or "unknown",
+        "gflops": 2 * 500 * 600 * 20108 / statistics.median(times["mm"]) / 1e9,
+        "gbytes": 2 * 4 * (1 << 24) / statistics.median(times["copy"]) / 1e9,
     }
 
 
+Report = Callable[..., None]
+
+
 @pytest.fixture
-def record(request: pytest.FixtureRequest, machine: dict[str, Any]) -> Callable[..., None]:
-    """Prints a row, and saves it where --results says: medians in milliseconds, ratios to `against` round by round."""
+def report(request: pytest.FixtureRequest, roof: dict[str, float]) -> Iterator[Report]:
+    """report(case, times, against, flops=, bytes=): prints a row per rival and saves it."""
+    rows: list[dict[str, Any]] = []
 
-    def save(what: str, times: Times, *, against: str, **about: Any) -> None:
-        row = {
-            "bench": request.node.nodeid.split("/")[-1],
-            "what": what,
-            **about,
-            "ms": {name: round(1000 * statistics.median(values), 3) for name, values in times.items()},
-            "times_faster": {
-                name: round(statistics.median(a / b for a, b in zip(times[against], values, strict=True)), 2)
-                for name, values in times.items()
-                if name != against
-            },
-            "against": against,
-            "rounds": len(times[against]),
-            **machine,
-        }
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print("\n" + json.dumps({k: v for k, v in row.items() if k not in machine}))
-        if folder := request.config.getoption("results"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"{Path(request.node.path).stem}.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    def add(case: str, times: dict[str, list[float]], against: str, flops: float = 0, bytes: float = 0) -> None:
+        for name, seconds in times.items():
+            median = statistics.median(seconds)
+            ratio = statistics.median(s / t for s, t in zip(seconds, times[against], strict=True))
+            row = {"case": case, "rival": name, "ms": round(median * 1e3, 3), f"of {against}": round(ratio, 3)}
+            if flops:
+                row["of product rate"] = round(flops / median / 1e9 / roof["gflops"], 3)
+            if bytes:
+                row["of copy rate"] = round(bytes / median / 1e9 / roof["gbytes"], 3)
+            print("  ".join(f"{k} {v}" for k, v in row.items()))
+            rows.append(row)
 
-    return save
+    yield add
+    RESULTS.mkdir(exist_ok=True)
+    where = {
+        "device": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "roof": {k: round(v, 1) for k, v in roof.items()},
+    }
+    with (RESULTS / f"{request.module.__name__}.jsonl").open("a") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **where}) + "\n")

@@ -187,7 +187,7 @@ def linear_nll_backward(
     lse: Tensor,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x) here, products by the library."""
+    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x) here, library products."""
     if not _covers(u, weight, bias, dnll):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
@@ -240,8 +240,8 @@ def respond(h: Tensor, reward: Layers, feedback: Layers) -> tuple[Tensor, Tensor
                 raise ValueError(f"a layer takes {width} inputs; got weight {(*w.shape,)}, bias {(*b.shape,)}")
             width = len(w)
     logit, v = h.new_empty(B), h.new_empty(B, len(held[1][-1][0]))
-    addresses = [[(w.data_ptr(), b.data_ptr(), *w.shape) for w, b in layers] for layers in held]
-    _cpp.respond(v.data_ptr(), logit.data_ptr(), h.data_ptr(), *addresses, B, D, _threads())
+    first, second = ([(w.data_ptr(), b.data_ptr(), *w.shape) for w, b in layers] for layers in held)
+    _cpp.respond(v.data_ptr(), logit.data_ptr(), h.data_ptr(), first, second, B, D, _threads())
     return logit, v
 
 
