@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import Report, race
 from eager import EagerCFSFL
 from problems import SHAPES, B, T, batch, dense, model
 
@@ -12,7 +13,7 @@ from cfsfl_fast import ops
 
 @pytest.mark.parametrize("kind", ["trained", "drifting"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inference(shape: str, kind: str, backends: list[str], interleave, record) -> None:
+def test_inference(shape: str, kind: str, backends: list[str], report: Report) -> None:
     made = model(SHAPES[shape], kind).eval()
     eager = EagerCFSFL(made).eval()
     x = batch(SHAPES[shape])[0].seen
@@ -34,14 +35,6 @@ def test_inference(shape: str, kind: str, backends: list[str], interleave, recor
     with torch.no_grad():
         trace = made.unroll(x)
     repeats = (trace.ids[1:] == trace.ids[:-1]).all(2).double().mean(1)
-    times = interleave({"eager": by_hand, **{b: lambda b=b: ours(b) for b in backends}})
-    record(
-        "inference",
-        times,
-        against="eager",
-        shape=shape,
-        kind=kind,
-        users=B,
-        steps=T,
-        lists_repeated=[round(float(r), 3) for r in repeats],
-    )
+    times = race({"eager": by_hand, **{b: lambda b=b: ours(b) for b in backends}})
+    repeated = [round(float(r), 3) for r in repeats]
+    report(f"inference, {kind}, M={SHAPES[shape]} B={B} T={T}", times, "eager", lists_repeated=repeated)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Report, race
 from eager import EagerCFSFL, joint_loss
 from problems import CONFIG, SHAPES, B, T, batch, dense, model
 
@@ -52,19 +53,17 @@ class Twins:
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_update(shape: str, stage: str, backends: list[str], interleave, record) -> None:
+def test_update(shape: str, stage: str, backends: list[str], report: Report) -> None:
     twins = Twins(model(SHAPES[shape], "trained"), *batch(SHAPES[shape]), stage, backends)
     expected = twins.by_hand()
     for backend in backends:
         assert float(twins.ours(backend)) == pytest.approx(float(expected), rel=1e-4), backend
-    times = interleave({"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in backends}})
-    record(
-        f"update of stage {1 if stage == 'recommender' else 3}", times, against="eager", shape=shape, users=B, steps=T
-    )
+    times = race({"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in backends}})
+    report(f"update of stage {1 if stage == 'recommender' else 3}, M={SHAPES[shape]} B={B} T={T}", times, "eager")
 
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])
-def test_epoch_on_ml_1m(stage: str, backends: list[str], interleave, record) -> None:
+def test_epoch_on_ml_1m(stage: str, backends: list[str], report: Report) -> None:
     """A whole epoch of real users, B = 500."""
     folder = Path(os.environ.get("CFSFL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (folder / "ml-1m.npz").exists():
@@ -80,9 +79,7 @@ def test_epoch_on_ml_1m(stage: str, backends: list[str], interleave, record) -> 
         for twins.data, twins.eps in batches:
             run()
 
-    times = interleave(
+    times = race(
         {"eager": lambda: epoch(twins.by_hand), **{b: lambda b=b: epoch(lambda: twins.ours(b)) for b in backends}}
     )
-    record(
-        f"epoch of stage {1 if stage == 'recommender' else 3}", times, against="eager", shape="ml-1m.npz", users=len(x)
-    )
+    report(f"epoch of stage {1 if stage == 'recommender' else 3} on ml-1m, B={B} T={T}", times, "eager")

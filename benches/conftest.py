@@ -1,12 +1,11 @@
 """Timing for benches: rivals interleaved in one run, medians, shares of a roof of the same session, saved rows.
 
-Run with `pytest benches/ -s`. Rows go to benches/results/<bench>.jsonl. CFSFL_BENCH_ROUNDS sets the rounds (default 9).
+pytest benches [--results FOLDER] [--rounds N]
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -18,15 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-ROUNDS = int(os.environ.get("CFSFL_BENCH_ROUNDS", "9"))
+from cfsfl_fast import ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collect_file(parent: Any, file_path: Path) -> Any:
-    """Benches are named bench_*.py."""
-    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
-        return pytest.Module.from_parent(parent, path=file_path)
-    return None
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of a run."""
+    parser.addoption("--results", type=Path, help="folder that JSON lines are appended to, a file per bench")
+    parser.addoption("--rounds", type=int, default=5, help="timed rounds after the warm-up; the median counts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Denormals count as zero for every side of a comparison, in every thread."""
+    race.__kwdefaults__["rounds"] = config.getoption("rounds")
+    torch.set_flush_denormal(True)
 
 
 def processor() -> str:
@@ -41,20 +46,20 @@ def processor() -> str:
 def commit() -> str:
     """The commit that is checked out, marked where files differ from it."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
 
 
-def race(rivals: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def race(rivals: dict[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, list[float]]:
     """Seconds of each rival in each round, one after the other; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
-    for r in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, run in rivals.items():
-            start = time.perf_counter()
+            began = time.perf_counter()
             run()
-            if r:
-                times[name].append(time.perf_counter() - start)
+            if number:
+                times[name].append(time.perf_counter() - began)
     return times
 
 
@@ -70,29 +75,46 @@ def roof() -> dict[str, float]:
     }
 
 
+@pytest.fixture(scope="session")
+def backends() -> list[str]:
+    """The backends that can run on this machine's CPU."""
+    return [b for b in ("torch", "cpp") if ops.why_not(b, torch.device("cpu")) is None]
+
+
 Report = Callable[..., None]
 
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest, roof: dict[str, float]) -> Iterator[Report]:
-    """report(case, times, against, flops=, bytes=): prints a row per rival and saves it."""
-    rows: list[dict[str, Any]] = []
+    """report(case, times, against, flops=, bytes=, **about): prints a row per rival, saves it where --results says.
 
-    def add(case: str, times: dict[str, list[float]], against: str, flops: float = 0, bytes: float = 0) -> None:
+    "x NAME" says how many times as fast as NAME a rival is: the median of the rounds' ratios.
+    """
+    rows: list[dict[str, Any]] = []
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def add(
+        case: str, times: dict[str, list[float]], against: str, flops: float = 0, bytes: float = 0, **about: Any
+    ) -> None:
         for name, seconds in times.items():
             median = statistics.median(seconds)
-            ratio = statistics.median(s / t for s, t in zip(seconds, times[against], strict=True))
-            row = {"case": case, "rival": name, "ms": round(median * 1e3, 3), f"of {against}": round(ratio, 3)}
+            ratio = statistics.median(t / s for s, t in zip(seconds, times[against], strict=True))
+            row = {"case": case, "rival": name, "ms": round(median * 1e3, 3), f"x {against}": round(ratio, 2), **about}
             if flops:
                 row["of product rate"] = round(flops / median / 1e9 / roof["gflops"], 3)
             if bytes:
                 row["of copy rate"] = round(bytes / median / 1e9 / roof["gbytes"], 3)
-            print("  ".join(f"{k} {v}" for k, v in row.items()))
+            with capture.global_and_fixture_disabled():
+                print("\n" + "  ".join(f"{k} {v}" for k, v in row.items()), end="")
             rows.append(row)
 
     yield add
-    RESULTS.mkdir(exist_ok=True)
+    folder = request.config.getoption("results")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     where = {
+        "rounds": request.config.getoption("rounds"),
         "device": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -100,6 +122,6 @@ def report(request: pytest.FixtureRequest, roof: dict[str, float]) -> Iterator[R
         "commit": commit(),
         "roof": {k: round(v, 1) for k, v in roof.items()},
     }
-    with (RESULTS / f"{request.module.__name__}.jsonl").open("a") as file:
+    with (folder / f"{request.module.__name__}.jsonl").open("a") as file:
         for row in rows:
             file.write(json.dumps({**row, **where}) + "\n")
