@@ -51,4 +51,4 @@ def test_turns(moves: str, report: Report) -> None:
         "cpp, every score": lambda: turns(cpp, screening=False, remember=False),
         "torch": lambda: turns(library),
     }
-    report(f"{moves} B={B} M={M} H={H} T={T} K={K}", race(rivals, 5), "products", flops=2 * T * B * M * H)
+    report(f"{moves} B={B} M={M} H={H} T={T} K={K}", race(rivals), "products", flops=2 * T * B * M * H)

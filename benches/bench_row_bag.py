@@ -39,5 +39,5 @@ def test_selected_items(report: Report) -> None:
     offsets = torch.arange(T * B + 1) * K
     weights = torch.randn(len(items), generator=g)
     names = {"cpp": cpp, "torch": library}
-    times = race({n: lambda i=i: i.row_bag_backward(u, items, offsets, weights, M) for n, i in names.items()}, 5)
+    times = race({n: lambda i=i: i.row_bag_backward(u, items, offsets, weights, M) for n, i in names.items()})
     report(f"selected B={B} T={T} K={K} H={H}", times, "torch", bytes=4 * (len(items) + M) * H)

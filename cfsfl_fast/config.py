@@ -37,9 +37,8 @@ class CFSFLConfig:
     Training
         epochs: of the three stages of Algorithm 1.
         batch_size: users of an update; "auto" by the number of training users.
-        learning_rate: stage 1, falling to joint_learning_rate along a cosine over its epochs.
-        joint_learning_rate: the recommender in stage 3. feedback_learning_rate: feedback generator and lookup table.
-        reward_learning_rate: reward estimator.
+        learning_rate: stage 1. joint_learning_rate: the recommender in stage 3. feedback_learning_rate: feedback
+            generator and lookup table. reward_learning_rate: reward estimator.
         reward_batch: the reward estimator of stage 3 learns from the lists of the update before it ("shared"), or from
             a batch of its own ("fresh").
         patience: a stage ends after so many epochs without a better validation score; 0 never.

@@ -158,8 +158,6 @@ class Run:
                     bar.set_postfix(loss=f"{loss():.3f}", **shown, refresh=False)
 
             assert self.optimisers is not None
-            if stage == "recommender":
-                self.optimisers.set_rate((epoch - 1) / n_epochs)
             self.model.train()
             sums, self.progress["step"] = run_epoch(
                 self.model,

@@ -6,7 +6,6 @@ same weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -177,7 +176,7 @@ class Optimisers:
     """Adam over the parts of a model that a stage updates; the l2 penalty is on the recommender's weights alone."""
 
     def __init__(self, model: CFSFL, stage: str) -> None:
-        self.config = config = model.config
+        config = model.config
         named = dict(model.named_parameters())
         theta = [n for n in named if n.startswith("recommender.")]
         decayed = [n for n in theta if named[n].dim() == 2]
@@ -196,13 +195,6 @@ class Optimisers:
         self.main = None if stage == "reward" else _adam(named, groups)
         reward = stage in ("reward", "joint")
         self.reward = _adam(named, [(phi, config.reward_learning_rate, 0.0)]) if reward else None
-
-    def set_rate(self, done: float) -> None:
-        """The learning rate of stage 1 when a share of its epochs is done."""
-        first, last = self.config.learning_rate, self.config.joint_learning_rate
-        assert self.main is not None
-        for group in self.main.param_groups:
-            group["lr"] = last + (first - last) * (1 + math.cos(math.pi * done)) / 2
 
     def state(self) -> dict[str, Tensor]:
         """Every moment and counter, by optimiser and parameter name."""
