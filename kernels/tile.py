@@ -1,0 +1,329 @@
+"""Primitives that two kernels share: exact selection of a list, and what a list does to the lookup table.
+
+A candidate is one int64 key that orders as the specification orders a list,
+
+    key(s, j) = ordered(s) 2^32 + (2^31 - 1 - j)          score descending, ties to the smaller id        (1)
+
+with `ordered` the monotone map of float32 to int32 that sends -0 to 0. EMPTY is below every key.
+
+Selection of a row of N scores, in one program:
+
+    peak_g = max_{n = g mod GROUPS} s_n                   GROUPS independent maxima                        (2)
+    tau    = the K-th largest peak                        K items reach tau, so the list does             (3)
+    append key(s_n, n) where s_n >= tau                   K to 1.2 K survivors, in a buffer of CAPACITY   (4)
+    run    = K largest of the buffer                      bitonic network over CHUNK keys at a time       (5)
+
+A buffer that fills up (ties, adversarial orders) is folded into `run`, and tau rises to just above the K-th key: ids ascend, so a
+later tie loses. Exact for every input. NaN fails every comparison; tau is at least the smallest finite float, so -inf fails too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_K = 256
+"""Longest list that the kernels select; longer ones go through library calls."""
+
+ALIGN = 64
+"""Rows of scores start at multiples of this many elements, so that every load is 16 bytes wide."""
+
+EMPTY = tl.constexpr(-0x8000000000000000)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+# Keys
+
+
+@triton.jit
+def ordered(s):
+    """The monotone map float32 -> int32; -0 and 0 are one value."""
+    bits = tl.where(s == 0, 0, s.to(tl.int32, bitcast=True))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def disordered(bits):
+    """The inverse of `ordered`."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack(s, item):
+    """Key (1) of a score, float32, and an item below 2^31."""
+    return (ordered(s).to(tl.int64) << 32) | (0x7FFFFFFF - item).to(tl.int64)
+
+
+@triton.jit
+def score_of(key):
+    """The score of a key; -inf for EMPTY."""
+    return tl.where(key == EMPTY, float("-inf"), disordered((key >> 32).to(tl.int32)))
+
+
+@triton.jit
+def item_of(key):
+    """The item of a key; -1 for EMPTY. int64"""
+    return tl.where(key == EMPTY, -1, 0x7FFFFFFF - (key & 0x7FFFFFFF))
+
+
+# Sorting network. An element's partner along one bit of the index is the sum over an axis of 2 less itself (int64 wraps):
+# one shuffle on a GPU, one vector operation in the interpreter.
+
+
+@triton.jit
+def sort_descending(x, N_LOG: tl.constexpr):
+    """Sorts x [2^N_LOG]."""
+    y = tl.reshape(x, [2] * N_LOG)
+    for stage in tl.static_range(1, N_LOG + 1):
+        for i in tl.static_range(stage):
+            right = tl.reshape(tl.arange(0, 2), [1] * (N_LOG - stage + i) + [2] + [1] * (stage - 1 - i))
+            if stage < N_LOG:
+                right ^= tl.reshape(tl.arange(0, 2), [1] * (N_LOG - 1 - stage) + [2] + [1] * stage)
+            else:
+                right ^= 1
+            partner = tl.sum(y, N_LOG - stage + i, keep_dims=True) - y
+            y = tl.where((y < partner) == (right != 0), partner, y)
+    return tl.reshape(y, x.shape)
+
+
+@triton.jit
+def merge_ascending(x, N_LOG: tl.constexpr):
+    """Sorts a bitonic x [2^N_LOG]."""
+    y = tl.reshape(x, [2] * N_LOG)
+    for i in tl.static_range(N_LOG):
+        right = tl.reshape(tl.arange(0, 2), [1] * i + [2] + [1] * (N_LOG - 1 - i))
+        partner = tl.sum(y, i, keep_dims=True) - y
+        y = tl.where((y < partner) == (right != 0), partner, y)
+    return tl.reshape(y, x.shape)
+
+
+@triton.jit
+def merge_keys(run, keys, K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr):
+    """The 2^K_LOG largest of run (ascending) and keys [2^CHUNK_LOG] (any order), ascending."""
+    ROWS: tl.constexpr = 2 ** (CHUNK_LOG - K_LOG)
+    ranked = tl.reshape(sort_descending(keys, CHUNK_LOG), (ROWS, 2**K_LOG))
+    first = tl.max(tl.where(tl.arange(0, ROWS)[:, None] == 0, ranked, EMPTY), 0)
+    return merge_ascending(tl.maximum(run, first), K_LOG)
+
+
+# Selection
+
+
+@triton.jit
+def worst_of(run, K, K_LOG: tl.constexpr):
+    """The K-th largest key of run, EMPTY while there are fewer."""
+    return tl.max(tl.where(tl.arange(0, 2**K_LOG) == 2**K_LOG - K, run, EMPTY), 0)
+
+
+@triton.jit
+def bar_above(worst, tau):
+    """The smallest float that beats the K-th key with a later id; tau while the list is not full."""
+    return tl.where(worst == EMPTY, tau, disordered((worst >> 32).to(tl.int32) + 1))
+
+
+@triton.jit
+def kth_peak(peak, K):
+    """A lower bound of the K-th largest of peak, tight to 2^-11 of it; LOWEST where fewer than K are finite."""
+    bits = tl.where(peak >= LOWEST, ordered(peak), -0x80000000)
+    bound = tl.where(tl.sum((bits >= 0).to(tl.int32), 0) >= K, 0, -0x80000000)
+    for i in range(19):
+        trial = bound + (1 << (30 - i))
+        bound = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= K, trial, bound)
+    return tl.where(bound < -0x7F800000, LOWEST, disordered(bound))
+
+
+@triton.jit
+def fold(run, buffer_ptr, found, K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr):
+    """run and the buffer's first `found` keys, merged (5)."""
+    tl.debug_barrier()
+    c = tl.arange(0, 2**CHUNK_LOG)
+    for c0 in range(0, found, 2**CHUNK_LOG):
+        keys = tl.load(buffer_ptr + c0 + c, mask=c0 + c < found, other=EMPTY)
+        run = merge_keys(run, keys, K_LOG, CHUNK_LOG)
+    tl.debug_barrier()
+    return run
+
+
+@triton.jit
+def select_row(
+    run,                                     # [2^K_LOG] ascending keys so far
+    row_ptr, buffer_ptr,                     # [N] scores, [CAPACITY] int64
+    start, N, K,
+    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """(2) to (5) over the items start .. start + N - 1, N a multiple of 16; ids ascend from call to call."""
+    ROWS: tl.constexpr = TILE // GROUPS
+    g = tl.arange(0, ROWS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]  # [ROWS, GROUPS]
+    peak = tl.full((GROUPS,), float("-inf"), tl.float32)
+    for n0 in range(0, N, TILE):
+        s = tl.load(row_ptr + n0 + g, mask=n0 + g < N, other=float("-inf")).to(tl.float32)
+        peak = tl.maximum(peak, tl.max(s, 0))
+    tau = bar_above(worst_of(run, K, K_LOG), LOWEST)
+    # A full list may hold +inf: then tau is NaN and nothing enters.
+    tau = tl.where(tau == tau, tl.maximum(tau, kth_peak(peak, K)), tau)
+
+    found = 0
+    for n0 in range(0, N, TILE):
+        n = n0 + tl.arange(0, TILE)
+        s = tl.load(row_ptr + n, mask=n < N, other=float("-inf")).to(tl.float32)
+        hit = (s >= tau).to(tl.int32)
+        hits = tl.sum(hit, 0)
+        if found + hits > CAPACITY:
+            run = fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
+            found = 0
+            tau = bar_above(worst_of(run, K, K_LOG), tau)
+            hit = (s >= tau).to(tl.int32)
+            hits = tl.sum(hit, 0)
+        if hits > 0:
+            slot = found + tl.cumsum(hit, 0) - 1
+            tl.store(buffer_ptr + slot, pack(s, start + n), mask=hit != 0)
+            found += hits
+    return fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
+
+
+@triton.jit
+def leave_out(
+    row_ptr,                                 # out [N]
+    items_ptr, first, last,                  # the row's excluded items
+    start, M, N, step,
+    HAS_EXCLUDE: tl.constexpr, BLOCK_E: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Writes -inf over the padding M .. N - 1 and over the excluded items; column n is item start + n step."""
+    nothing = float("-inf")
+    pad = M + tl.arange(0, PAD)
+    tl.store(row_ptr + pad, tl.full((PAD,), nothing, tl.float32).to(row_ptr.dtype.element_ty), mask=pad < N)
+    if HAS_EXCLUDE:
+        e = tl.arange(0, BLOCK_E)
+        for e0 in range(first, last, BLOCK_E):
+            item = tl.load(items_ptr + e0 + e, mask=e0 + e < last, other=-1) - start
+            inside = (e0 + e < last) & (item >= 0) & (item < M * step) & (item % step == 0)
+            gone = tl.full((BLOCK_E,), nothing, tl.float32).to(row_ptr.dtype.element_ty)
+            tl.store(row_ptr + item // step, gone, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def is_listed(items_ptr, first, last, item):
+    """Whether each item is among items[first : last], which ascend: one binary search per lane."""
+    low = tl.zeros_like(item).to(tl.int64) + first
+    high = tl.zeros_like(low) + last
+    left = last - first
+    while left > 0:
+        open_ = low < high
+        middle = (low + high) // 2
+        below = tl.load(items_ptr + middle, mask=open_, other=0) < item
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & ~below, middle, high)
+        left = left // 2
+    return (low < last) & (tl.load(items_ptr + low, mask=low < last, other=-1) == item)
+
+
+# Lists
+
+
+@triton.jit
+def weights_of_list(item, s, K, UNIFORM: tl.constexpr):
+    """w_k of h(x, a): 1/K, or the softmax of the listed scores; 0 where the list has ended (item -1)."""
+    listed = item >= 0
+    if UNIFORM:
+        w = listed.to(tl.float32)
+    else:
+        best = tl.max(tl.where(listed, s, float("-inf")), 0)
+        w = tl.where(listed, tl.exp(s - tl.where(best == float("-inf"), 0.0, best)), 0.0)
+    total = tl.sum(w, 0)
+    return w / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def add_listed_rows(
+    h, lookup_ptr, ids_ptr, w_ptr, K, d, D, stride_lookup, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """h [BLOCK_D] + sum_k w_k lookup[ids_k], BLOCK_K rows in flight."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_K, d.shape[0]), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        item = tl.load(ids_ptr + k0 + k, mask=k0 + k < K, other=-1)
+        w = tl.load(w_ptr + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)
+        rows = row_tile(lookup_ptr, item, stride_lookup, d, (item >= 0)[:, None] & (d < D)[None, :])
+        total += rows * w[:, None]
+    return h + tl.sum(total, 0)
+
+
+@triton.jit
+def row_tile(table_ptr, rows, stride, d, mask):
+    """Rows of a table, float32. [len(rows), len(d)]"""
+    at = rows.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+# Launchers' helpers
+
+
+def selection(k: int) -> dict[str, int]:
+    """The constexprs of `select_row` for lists of k."""
+    k_log = max(4, (k - 1).bit_length())
+    return {
+        "K_LOG": k_log,
+        "CHUNK_LOG": max(7, k_log + 1),
+        "GROUPS": max(256, 4 << k_log),
+        "TILE": 1024,
+        "CAPACITY": CAPACITY,
+    }
+
+
+CAPACITY = 4096
+"""Survivors that a row's buffer holds; at least one tile."""
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is below neither n nor least."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32: as PyTorch is told to, and near float32 where the scores are halves anyway."""
+    if dtype != torch.float32:
+        return "tf32x3"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def vector(*sizes: int) -> int:
+    """The largest power of two up to 8 that divides every size and stride.
+
+    Triton tells by itself only what 16 divides. A kernel that is told VEC says `D = D // VEC * VEC`, which changes nothing and lets
+    the compiler see whole vectors: rows of 600 are read 16 bytes at a time.
+    """
+    return math.gcd(8, *sizes)
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """x with unit stride along its last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def capability(device: torch.device) -> int:
+    """80, 90, 100 ... of a CUDA device; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tuned(name: str, table: dict[int, int], device: torch.device) -> int:
+    """A size from a table by compute capability (the nearest from below), or the environment variable of that name."""
+    asked = os.environ.get(name)
+    if asked:
+        return int(asked)
+    cc: Any = capability(device)
+    return table[max((known for known in table if known <= cc), default=min(table))]
