@@ -148,9 +148,9 @@ def linear_nll(
     k: int,
     state: None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and what backward can use again.
+    """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and softmax(s) for backward.
 
-    The last is exp(s - logsumexp) [B, M] where the catalogue is one chunk, else None.
+    The last is [B, M] where the catalogue is one chunk, else None.
     """
     rows = rows_of(offsets, len(items))
     counts = offsets.diff()
@@ -197,10 +197,7 @@ def linear_nll_backward(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     for start, stop in _chunks(len(u), len(weight)):
-        if kept is None:
-            ds = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_()
-        else:
-            ds = kept
+        ds = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_() if kept is None else kept
         ds.mul_(scale)
         inside = slice(None) if stop - start == len(weight) else (items >= start) & (items < stop)
         ds.index_put_((rows[inside], items[inside] - start), -dnll[rows[inside]], accumulate=True)
@@ -233,11 +230,12 @@ def list_offsets(ids: Tensor) -> Tensor:
 
 def respond(h: Tensor, reward: Layers, feedback: Layers) -> tuple[Tensor, Tensor]:
     """Equations (3) and (4): the reward's logit [B] and the feedback v [B, V]."""
-    logit = _mlp(h, reward)
-    return logit.squeeze(1), _mlp(torch.cat([h, logit.sigmoid()], 1), feedback)
+    logit = mlp(h, reward)
+    return logit.squeeze(1), mlp(torch.cat([h, logit.sigmoid()], 1), feedback)
 
 
-def _mlp(x: Tensor, layers: Layers) -> Tensor:
+def mlp(x: Tensor, layers: Layers) -> Tensor:
+    """Linear layers with ReLU between, the last one linear."""
     for weight, bias in layers[:-1]:
         x = F.linear(x, weight, bias).relu_()
     return F.linear(x, *layers[-1])
@@ -256,7 +254,7 @@ def feedback_step(
     exclude: CSR | None = None,
     state: None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v [B, V], the reward's logit [B], h [B, D], ids, scores and list weights [B, K] of one turn of the virtual user."""
+    """v [B, V], the reward's logit [B], h [B, D], ids, scores and list weights [B, K] of one turn."""
     ids, scores = linear_topk(u, weight, bias, k, exclude)
     h, w = fuse(hx, lookup, ids, scores, action)
     logit, v = respond(h, reward, feedback)
@@ -264,7 +262,7 @@ def feedback_step(
 
 
 def fuse_softmax(u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None) -> tuple[Tensor, Tensor]:
-    """softmax(s) lookup, streamed as attention with query u, keys weight, values lookup. [B, D], and logsumexp(s) [B]"""
+    """softmax(s) lookup [B, D], streamed as attention with keys weight and values lookup; and logsumexp(s) [B]."""
     mean = u.new_zeros(len(u), lookup.shape[1])
     lse = u.new_full((len(u),), float("-inf"))
     for start, stop in _chunks(len(u), len(weight)):

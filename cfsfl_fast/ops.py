@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cfsfl_fast import library, reference
+from cfsfl_fast.library import mlp as mlp
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("cfsfl_back
 
 
 # Choosing an implementation
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run."""
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
@@ -73,13 +78,13 @@ def resolve(device: torch.device, backend: str | None = None) -> str:
     Asked for, first to last: the argument, `use_backend`, the environment variable CFSFL_BACKEND, "auto".
 
     Raises:
-        RuntimeError: a backend was named and cannot run; the message says why.
+        BackendError: a backend was named and cannot run; the message says why.
     """
     for asked in (backend, _chosen.get(), os.environ.get("CFSFL_BACKEND")):
         if asked and asked != "auto":
             reason = why_not(asked, device)
             if reason:
-                raise RuntimeError(f"backend {asked!r} cannot run: {reason}")
+                raise BackendError(f"backend {asked!r} cannot run: {reason}")
             return asked
     best = next(b for b in ("triton" if device.type == "cuda" else "cpp", "torch") if why_not(b, device) is None)
     if (best, device.type) not in _announced:
@@ -113,6 +118,21 @@ def use_backend(backend: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Denormal numbers count as zero inside: softmax gradients of wide catalogues underflow, and a CPU computes with
+    denormals many times slower. Set before the first parallel region of a process, it reaches every thread of the pool
+    also where the C++ kernels are missing.
+    """
+    cpp = _load("cfsfl_fast.cpp")[0]
+    torch.set_flush_denormal(True)
+    try:
+        with cpp.flush_denormals() if cpp else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 # Tables whose looked-up rows get sparse gradients
 
 
@@ -139,7 +159,7 @@ class _Collect(torch.autograd.Function):
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         if not ctx.sink:
             return dweight, dbias, None
@@ -173,14 +193,24 @@ class Table:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.sink: Sink = None
-        self.weight, self.bias = weight, bias
+        self.weight, self._bias = weight, bias
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             self.sink = []
-            self.weight, self.bias = _Collect.apply(weight, bias, self.sink)
+            self.weight, self._bias = _Collect.apply(weight, bias, self.sink)
+
+    @property
+    def bias(self) -> Tensor:
+        """[M], of a table that has one."""
+        assert self._bias is not None, "this table has no bias"
+        return self._bias
 
     def detached(self) -> Table:
         """The same rows, out of reach of gradients."""
-        return Table(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        return Table(self.weight.detach(), None if self._bias is None else self._bias.detach())
+
+    def rows(self, ids: Tensor) -> Table:
+        """A table of some of the rows, in the order given, out of reach of gradients. ids: [M'] int64"""
+        return Table(self.weight.detach()[ids], None if self._bias is None else self._bias.detach()[ids])
 
 
 # The operations
@@ -195,10 +225,11 @@ class _RowBag(torch.autograd.Function):
         return impl.row_bag(table, items, offsets, weights)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[None, ...]:
         if ctx.sink is not None:
-            ctx.sink.append(_Lookups(*ctx.rows, dout))
+            items, offsets, weights = ctx.rows
+            ctx.sink.append(_Lookups(items, offsets, weights, dout))
         return (None,) * 6
 
 
@@ -209,11 +240,12 @@ def row_bag(table: Table, items: Tensor, offsets: Tensor, weights: Tensor | None
         table: [M, D].
         items: [E] int64 in 0..M-1.
         offsets: [B + 1] int64, ascending from 0 to E.
-        weights: [E], None for ones; no gradient.
+        weights: [E] of any float dtype, None for ones; no gradient.
 
     Returns:
         [B, D]; an empty row gives 0.
     """
+    weights = None if weights is None else weights.to(table.weight.dtype)
     impl = implementation(table.weight.device)
     if impl is reference:
         return reference.row_bag(table.weight, items, offsets, weights)
@@ -232,12 +264,12 @@ class _ScoresOfList(torch.autograd.Function):
         return scores.view_as(scores)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, ids = ctx.saved_tensors
         lists = ids.clamp_min(0).flatten(), library.list_offsets(ids), dscores.masked_fill(ids < 0, 0).flatten()
         if ctx.sink is not None:
-            ctx.sink.append(_Lookups(*lists, u))
+            ctx.sink.append(_Lookups(*lists, source=u))
         du = ctx.impl.row_bag(weight, *lists) if ctx.needs_input_grad[0] else None
         return du, *(None,) * 6
 
@@ -298,7 +330,7 @@ class _Fuse(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         lookup, ids, scores, w = ctx.saved_tensors
         if ctx.sink is not None:
@@ -343,10 +375,20 @@ class _FuseSoftmax(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dmean: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, bias, lookup, mean, lse = ctx.saved_tensors
         return *library.fuse_softmax_backward(dmean, u, weight, bias, lookup, ctx.exclude, mean, lse), None
+
+
+def fuse_softmax(u: Tensor, output: Table, hx: Tensor, lookup: Table, exclude: CSR | None = None) -> Tensor:
+    """Equation (16) with the whole policy as the list, h = hx + softmax(u weight^T + bias) lookup. [B, D]
+
+    Differentiable in everything; excluded items have probability 0. Arguments as in `feedback_step`.
+    """
+    if implementation(u.device) is reference:
+        return reference.fuse_softmax(u, output.weight, output.bias, hx, lookup.weight, exclude)
+    return hx + _FuseSoftmax.apply(u, output.weight, output.bias, lookup.weight, exclude)
 
 
 class _Respond(torch.autograd.Function):
@@ -359,15 +401,15 @@ class _Respond(torch.autograd.Function):
         return ready
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dlogit: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        h, *flat = (t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
-        h.requires_grad_()
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        h, *flat = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True))
         with torch.enable_grad():
             logit, v = library.respond(h, *_layers(flat, ctx.depth))
         wanted = [t for t in (h, *flat) if t.requires_grad]
         found = iter(torch.autograd.grad((logit, v), wanted, (dlogit, dv)))
-        dh, *dflat = (next(found) if t.requires_grad else None for t in (h, *flat))
+        dh, *dflat = (next(found) if need else None for need in needed)
         return dh, None, None, *dflat
 
 
@@ -420,7 +462,7 @@ def feedback_step(
         )
     if action == "softmax":
         ids, scores = linear_topk(u, output, k, exclude, state)
-        h = hx + _FuseSoftmax.apply(u, weight, bias, lookup.weight, exclude)
+        h = fuse_softmax(u, output, hx, lookup, exclude)
         logit, v = library.respond(h, reward, feedback)
         return FeedbackStep(v, logit, ids, scores)
     with torch.no_grad():
@@ -455,7 +497,7 @@ class _LinearNLL(torch.autograd.Function):
         return nll, ids, scores
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dnll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, bias, lse = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None

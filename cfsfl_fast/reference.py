@@ -3,7 +3,7 @@
 Differentiable through autograd, for every float dtype, with no regard for speed. Equation numbers are the paper's.
 
 Shapes    u [B, H], weight [M, H], bias [M]; lookup [M, D]; hx [B, D]; CSR rows as (items [E], offsets [B + 1]).
-Lists     A list holds the K best items of a user: score descending, ties to the smaller id. Items of score -inf (or NaN)
+Lists     A list holds the K best items of a user: score descending, ties to the smaller id. Items of score -inf or NaN
           never enter; a list with fewer than K items is padded with id -1 and score -inf.
 """
 

@@ -1,0 +1,41 @@
+# The commands of the README. Everything runs in a virtual environment of its own, .venv, made from PYTHON.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+RESULTS ?= benches/results
+BIN    := $(VENV)/bin
+DONE   := $(VENV)/.installed
+
+.PHONY: demo test bench lint format clean
+
+demo: $(DONE)
+	$(BIN)/cfsfl demo --out demo
+
+test: $(DONE)
+	$(BIN)/python -m pytest
+
+bench: $(DONE)
+	$(BIN)/python -m pytest benches --results $(RESULTS)
+
+$(DONE): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+lint: $(DONE)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+format: $(DONE)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+clean:
+	rm -rf build dist *.egg-info cfsfl_fast/*.so demo $(VENV)

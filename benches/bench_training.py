@@ -1,0 +1,85 @@
+"""One update of stage 1 and one of stage 3 (forward, backward, Adam) against the eager baseline, interleaved."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Report, race
+from eager import EagerCFSFL, joint_loss
+from problems import CONFIG, SHAPES, B, T, batch, dense, model
+
+from cfsfl_fast import ops
+from cfsfl_fast.datasets import open_dataset
+from cfsfl_fast.interactions import as_interactions
+from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step, update, view
+
+
+class Twins:
+    """The same model, batch and update, by hand and by the library."""
+
+    def __init__(self, made, data, eps, stage: str, backends: list[str]) -> None:
+        self.data, self.eps, self.stage = data, eps, stage
+        self.eager = EagerCFSFL(made)
+        self.eager.steps = T if stage == "joint" else 0
+        self.adam = torch.optim.Adam(self.eager.parameters(), lr=1e-5)
+        self.models = {backend: copy.deepcopy(made).train() for backend in backends}
+        self.optimisers = {backend: Optimisers(m, stage) for backend, m in self.models.items()}
+
+    def by_hand(self) -> torch.Tensor:
+        """One update of the baseline; its loss."""
+        x = self.data.seen
+        weight = CONFIG.reward_weight if self.stage == "joint" else 0.0
+        rows, shown = dense(x, torch.ones(len(x.items))), dense(self.data.encoded, self.data.weights)
+        loss = joint_loss(self.eager, rows, shown, self.eps(0), CONFIG.kl_cap, weight)
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        return loss.detach()
+
+    def ours(self, backend: str) -> torch.Tensor:
+        """One update of the library's model; its loss."""
+        step = joint_step if self.stage == "joint" else recommender_step
+        with ops.use_backend(backend), ops.flushed_denormals():
+            loss = step(self.models[backend], self.data, self.eps, 1)
+            loss = loss[0] if isinstance(loss, tuple) else loss
+            update(self.optimisers[backend].main, loss)
+        torch.set_flush_denormal(True)  # for the baseline too
+        return loss.detach()
+
+
+@pytest.mark.parametrize("stage", ["recommender", "joint"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update(shape: str, stage: str, backends: list[str], report: Report) -> None:
+    twins = Twins(model(SHAPES[shape], "trained"), *batch(SHAPES[shape]), stage, backends)
+    expected = twins.by_hand()
+    for backend in backends:
+        assert float(twins.ours(backend)) == pytest.approx(float(expected), rel=1e-4), backend
+    times = race({"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in backends}})
+    report(f"update of stage {1 if stage == 'recommender' else 3}, M={SHAPES[shape]} B={B} T={T}", times, "eager")
+
+
+@pytest.mark.parametrize("stage", ["recommender", "joint"])
+def test_epoch_on_ml_1m(stage: str, backends: list[str], report: Report) -> None:
+    """A whole epoch of real users, B = 500."""
+    folder = Path(os.environ.get("CFSFL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not (folder / "ml-1m.npz").exists():
+        pytest.skip("ml-1m.npz is not here; CFSFL_DATA names the folder that has it")
+    data = open_dataset(folder / "ml-1m.npz")
+    x = as_interactions(data.train, data.n_items)
+    batches = []
+    for number, users in enumerate(torch.arange(len(x)).split(B)):
+        batches.append((view(x.take(users), users, CONFIG, number), Noise(users, 200, False, (number,))))
+    twins = Twins(model(data.n_items, "trained"), *batches[0], stage, backends)
+
+    def epoch(run) -> None:
+        for twins.data, twins.eps in batches:
+            run()
+
+    times = race(
+        {"eager": lambda: epoch(twins.by_hand), **{b: lambda b=b: epoch(lambda: twins.ours(b)) for b in backends}}
+    )
+    report(f"epoch of stage {1 if stage == 'recommender' else 3} on ml-1m, B={B} T={T}", times, "eager")

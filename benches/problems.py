@@ -1,0 +1,63 @@
+"""What the loop's benches run on: the paper's shapes, batches of synthetic users, trained and drifting models."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from cfsfl_fast import CFSFL, CFSFLConfig
+from cfsfl_fast.datasets import synthetic
+from cfsfl_fast.interactions import Interactions, as_interactions
+from cfsfl_fast.training import Noise, Optimisers, View, joint_step, recommender_step, update, view
+
+SHAPES = {"ml-1m": 3706, "ml-20m": 20108, "msd": 41140}
+"""Items of the paper's data sets, and of MovieLens-1M."""
+
+B, T, K = 500, 8, 50
+
+CONFIG = CFSFLConfig(
+    steps=T, top_k=K, reading="full", mask_kept=False, kl="annealed", anneal_steps=1, batch_size=B, patience=0
+)
+"""The paper's reading, which the eager baseline states too; noise shared by the steps of an update."""
+
+
+@functools.cache
+def histories(n_items: int) -> Interactions:
+    """Users of a long-tailed synthetic set, about 70 items each."""
+    return as_interactions(synthetic(8 * B, n_items, events_per_user=80.0, seed=0), n_items)
+
+
+def batch(n_items: int, number: int = 0) -> tuple[View, Noise]:
+    """B of the users, with the dropout and noise of an update."""
+    users = torch.arange(number * B, (number + 1) * B) % len(histories(n_items))
+    return view(histories(n_items).take(users), users, CONFIG, number), Noise(users, 200, False, (number,))
+
+
+@functools.cache
+def model(n_items: int, kind: str) -> CFSFL:
+    """A model whose loop settles ("trained": a few epochs of Algorithm 1) or does not ("drifting": random feedback)."""
+    torch.manual_seed(0)
+    made = CFSFL.from_config(n_items, CONFIG)
+    optimisers = Optimisers(made, "recommender")
+    assert optimisers.main is not None
+    for number in range(40):
+        data, eps = batch(n_items, number)
+        update(optimisers.main, recommender_step(made, data, eps, number))
+    if kind == "drifting":
+        torch.nn.init.normal_(made.recommender.input.feedback, std=0.5)
+        torch.nn.init.normal_(made.lookup.weight)
+        return made
+    optimisers = Optimisers(made, "joint")
+    assert optimisers.main is not None
+    for number in range(12):
+        data, eps = batch(n_items, number)
+        update(optimisers.main, joint_step(made, data, eps, number)[0])
+    return made
+
+
+def dense(x: Interactions, values: torch.Tensor) -> torch.Tensor:
+    """Histories as the eager baseline takes them. [B, M]"""
+    rows = torch.zeros(len(x), x.n_items)
+    rows[x.rows, x.items] = values
+    return rows

@@ -1,0 +1,227 @@
+"""Folders that hold a model: config.json, model.safetensors, item_ids.npy. No pickle; whole or refused.
+
+Every tensor file carries the SHA-256 of its tensors; a model's carries those of its neighbours too, so that a file that
+was truncated, altered or taken from another folder is noticed before it is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cfsfl_fast.config import FORMAT_VERSION, CFSFLConfig
+
+CONFIG, MODEL, ITEM_IDS = "config.json", "model.safetensors", "item_ids.npy"
+
+
+class SavedModel(NamedTuple):
+    """What a folder holds."""
+
+    n_items: int
+    config: CFSFLConfig
+    tensors: dict[str, Tensor]
+    item_ids: np.ndarray | None
+
+
+def save_model(
+    folder: Path, n_items: int, config: CFSFLConfig, tensors: Mapping[str, Tensor], item_ids: np.ndarray | None
+) -> None:
+    """Writes a model's folder beside its place and moves it there; other files of an older folder go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        os.chmod(staged, 0o755)
+        write_description(staged, n_items, config, item_ids)
+        write_model(staged, tensors)
+        move_folder(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_description(folder: Path, n_items: int, config: CFSFLConfig, item_ids: np.ndarray | None) -> None:
+    """Writes config.json and item_ids.npy: what does not change while a model trains."""
+    if item_ids is not None:
+        if len(item_ids) != n_items:
+            raise ValueError(f"item_ids must have one id per item, {n_items}; got {len(item_ids)}")
+        buffer = io.BytesIO()
+        np.save(buffer, item_ids, allow_pickle=False)
+        write_bytes(folder / ITEM_IDS, buffer.getvalue())
+    described = {"format_version": FORMAT_VERSION, "n_items": n_items, **config.to_dict()}
+    write_bytes(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes model.safetensors into a folder that has its description; one rename, so it is there whole or not."""
+    neighbours = {name: _file_digest(folder / name) for name in (CONFIG, ITEM_IDS) if (folder / name).exists()}
+    write_tensors(folder / MODEL, tensors, {"files": json.dumps(neighbours, sort_keys=True)})
+
+
+def load_model(folder: Path) -> SavedModel:
+    """What `save_model` wrote.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is truncated, altered or of a newer format.
+    """
+    described = read_json(folder / CONFIG)
+    version = described.pop("format_version", None)
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{folder / CONFIG}: format version {version}; this library reads 1 to {FORMAT_VERSION}")
+    n_items = described.pop("n_items", None)
+    if not isinstance(n_items, int) or n_items < 1:
+        raise ValueError(f"{folder / CONFIG}: n_items must be at least 1; found {n_items!r}")
+    try:
+        config = CFSFLConfig.from_dict(described)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    tensors, metadata = read_tensors(folder / MODEL)
+    for name, digest in json.loads(metadata["files"]).items():
+        if _file_digest(folder / name) != digest:
+            raise ValueError(f"{folder / name} does not belong to {MODEL} beside it: altered, or from another model")
+    item_ids = None
+    if (folder / ITEM_IDS).exists():
+        item_ids = np.load(folder / ITEM_IDS, allow_pickle=False)
+        if item_ids.shape != (n_items,):
+            raise ValueError(f"{folder / ITEM_IDS}: expected {n_items} ids, found shape {item_ids.shape}")
+    return SavedModel(n_items, config, tensors, item_ids)
+
+
+def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuses tensors whose names or shapes are not the model's, or that hold NaN.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if differing := sorted(set(found) ^ set(wanted)):
+        where = "missing from" if differing[0] in wanted else "unknown in"
+        raise ValueError(f"{folder / MODEL}: tensor {differing[0]!r} is {where} the file")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            expected = tuple(wanted[name].shape)
+            raise ValueError(f"{folder / MODEL}: {name} has shape {tuple(tensor.shape)}, its config says {expected}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{folder / MODEL}: {name} holds NaN or infinite values")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file with the digest of its tensors, whole or not at all."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        save_file(held, staged, {**metadata, "sha256": _digest(held, metadata)})
+        os.chmod(staged, 0o644)
+        _sync(staged)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of such a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is truncated or altered.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or altered ({error})") from None
+    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        raise ValueError(f"{path} is altered: its tensors do not have the digest that was written with them")
+    return tensors, metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A json object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a json object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not json ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a json object, found {type(found).__name__}")
+    return found
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        staged.write_bytes(content)
+        _sync(staged)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def move_folder(staged: Path, folder: Path) -> None:
+    """Puts a finished folder in its place; an older one stands there until the moment the new one does."""
+    if not folder.exists():
+        os.replace(staged, folder)
+    else:
+        try:
+            swap = ctypes.CDLL(None, use_errno=True).renameat2
+            swapped = swap(_AT_FDCWD, os.fsencode(staged), _AT_FDCWD, os.fsencode(folder), _RENAME_EXCHANGE) == 0
+        except (AttributeError, OSError):
+            swapped = False
+        if not swapped:
+            old = staged.with_name(f"{staged.name}-old")
+            os.replace(folder, old)
+            os.replace(staged, folder)
+            shutil.rmtree(old, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

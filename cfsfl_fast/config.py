@@ -1,0 +1,185 @@
+"""Every choice of the model and its training, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT_VERSION = 1
+"""Of config.json and model.safetensors; a newer format is refused."""
+
+
+@dataclass(frozen=True)
+class CFSFLConfig:
+    """What CF-SFL computes and how it is trained; the defaults are the best that was measured.
+
+    Model
+        recommender: name of the base recommender.
+        steps: T, feedback steps; T = 0 is the plain recommender.
+        top_k: K, items of the list that the virtual user sees.
+        action: how the list enters h(x, a), forward and backward.
+        hidden_dim, latent_dim, lookup_dim, feedback_dim: H, Z, D, V.
+        dropout: share of the history that training hides from the encoder.
+        reading: "heldout": training targets and expert list are the hidden items, h and the encoder see the others, and
+            lists leave out what was seen. "full": the paper's autoencoder, everything sees all of x.
+
+    Losses
+        mask_kept: in the "heldout" reading, what was seen leaves the softmax.
+        kl: "annealed" weighs the KL term by beta = min(kl_cap, step / anneal_steps); "per_user" weighs user u's by
+            kl_gamma |x_u| beta / kl_cap, the same ramp.
+        anneal_steps: steps in which beta would reach 1; "auto" reaches the cap after 85 % of all updates.
+        reward_weight: lambda_adv of the adversarial term in (7).
+        reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
+        l2: penalty l2 / batch_size ||W||^2 on the recommender's weights.
+        noise: one draw of the latent noise for all steps of an update ("shared") or one per step ("fresh").
+
+    Training
+        epochs: of the three stages of Algorithm 1.
+        batch_size: users of an update; "auto" by the number of training users.
+        learning_rate: stage 1. joint_learning_rate: the recommender in stage 3. feedback_learning_rate: feedback
+            generator and lookup table. reward_learning_rate: reward estimator.
+        reward_batch: the reward estimator of stage 3 learns from the lists of the update before it ("shared"), or from
+            a batch of its own ("fresh").
+        patience: a stage ends after so many epochs without a better validation score; 0 never.
+        control: also train the recommender alone for stage 3's epochs and rate, so that a gain can be told from that.
+        seed: of initial weights, batches, dropout and noise.
+    """
+
+    recommender: str = "vae"
+    steps: int = 8
+    top_k: int = 50
+    action: str = "straight_through"
+    hidden_dim: int = 600
+    latent_dim: int = 200
+    lookup_dim: int = 64
+    feedback_dim: int = 128
+    dropout: float = 0.5
+    reading: str = "heldout"
+
+    mask_kept: bool = True
+    kl: str = "per_user"
+    kl_gamma: float = 0.005
+    kl_cap: float = 0.2
+    anneal_steps: int | str = "auto"
+    reward_weight: float = 1.0
+    reward_loss: str = "imitation"
+    l2: float = 0.01
+    noise: str = "shared"
+
+    epochs: tuple[int, int, int] = (100, 5, 25)
+    batch_size: int | str = "auto"
+    learning_rate: float = 1e-3
+    joint_learning_rate: float = 1e-4
+    feedback_learning_rate: float = 1e-3
+    reward_learning_rate: float = 1e-3
+    reward_batch: str = "shared"
+    patience: int = 20
+    control: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epochs", tuple(int(e) for e in self.epochs))
+        if len(self.epochs) != 3 or min(self.epochs) < 0:
+            raise ValueError(f"epochs must be three counts >= 0, one per stage; got {self.epochs}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("anneal_steps", "batch_size"):
+            value = getattr(self, name)
+            if value != "auto" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f'{name} must be "auto" or at least 1; got {value!r}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        if self.reading == "heldout" and self.dropout == 0:
+            raise ValueError(
+                'reading="heldout" learns from the items that dropout hides, so dropout must be above 0; got 0'
+            )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> CFSFLConfig:
+        """ "default", or "paper": the paper's literal reading where it is known.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def resolved(self, n_users: int) -> CFSFLConfig:
+        """The same with every "auto" replaced, for a number of training users."""
+        batch_size = self.batch_size
+        if batch_size == "auto":
+            batch_size = 500 if n_users >= 20_000 else 250 if n_users >= 2_000 else 100
+        updates = -(-n_users // int(batch_size)) * (self.epochs[0] + self.epochs[2])
+        anneal = self.anneal_steps
+        if anneal == "auto":
+            anneal = max(1, round(0.85 * updates / max(self.kl_cap, 1e-9)))
+        return dataclasses.replace(self, batch_size=batch_size, anneal_steps=anneal)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as json holds it."""
+        return {**dataclasses.asdict(self), "epochs": list(self.epochs)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CFSFLConfig:
+        """The config of such a dict.
+
+        Raises:
+            ValueError: a field is unknown or has a value out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown config field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"a config field has a value of the wrong type: {error}") from None
+
+
+_CHOICES = {
+    "recommender": ("vae",),
+    "action": ("straight_through", "topk_softmax", "softmax", "hard"),
+    "reading": ("heldout", "full"),
+    "kl": ("per_user", "annealed"),
+    "reward_loss": ("imitation", "literal"),
+    "noise": ("shared", "fresh"),
+    "reward_batch": ("shared", "fresh"),
+}
+_LEAST = {
+    "steps": 0,
+    "top_k": 1,
+    "hidden_dim": 1,
+    "latent_dim": 1,
+    "lookup_dim": 1,
+    "feedback_dim": 1,
+    "kl_gamma": 0,
+    "kl_cap": 0,
+    "reward_weight": 0,
+    "l2": 0,
+    "learning_rate": 0,
+    "joint_learning_rate": 0,
+    "feedback_learning_rate": 0,
+    "reward_learning_rate": 0,
+    "patience": 0,
+    "seed": 0,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "reading": "full",
+        "mask_kept": False,
+        "kl": "annealed",
+        "noise": "fresh",
+        "epochs": (150, 5, 50),
+        "batch_size": 500,
+        "joint_learning_rate": 1e-3,
+        "reward_batch": "fresh",
+        "patience": 0,
+    },
+}

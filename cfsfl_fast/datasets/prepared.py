@@ -1,0 +1,320 @@
+"""A prepared data set on disk: plain `.npy` arrays and `dataset.json`, written atomically, opened by memory maps."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_matrix
+from cfsfl_fast.datasets.matrices import Compact, npz_format
+from cfsfl_fast.datasets.protocol import Protocol, split_events
+from cfsfl_fast.datasets.readers import Columns, events_of, find_source
+from cfsfl_fast.datasets.sources import is_zip
+from cfsfl_fast.datasets.splits import read_split
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+_MATRICES = ("train", "validation_fold_in", "validation_targets", "test_fold_in", "test_targets")
+_IDS = ("item_ids", "train_user_ids", "validation_user_ids", "test_user_ids")
+_ARRAYS = _IDS + tuple(f"{name}_{part}" for name in _MATRICES for part in ("indptr", "indices"))
+
+
+def load_source(
+    source: str | Path,
+    *,
+    protocol: Protocol | str | None = None,
+    format: str = "auto",
+    user_column: str | int | None = None,
+    item_column: str | int | None = None,
+    rating_column: str | int | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
+    show_progress: bool = False,
+) -> Dataset:
+    """Reads and splits raw data in memory; what `prepare` writes to disk.
+
+    Args:
+        source, format, the columns, delimiter, header, show_progress: as in `read_events`.
+        protocol: a `Protocol` or the name of a preset. None takes the split that the source brings, if it brings one,
+            and the preset "none" otherwise.
+
+    Raises:
+        FileNotFoundError: nothing is at `source`.
+        ValueError: what the reader or the protocol refuses, or a protocol for csv files that are split already.
+    """
+    columns = Columns(user_column, item_column, rating_column, delimiter, header)
+    chosen = Protocol.preset(protocol) if isinstance(protocol, str) else protocol
+    found = find_source(source, format, columns)
+    if found.format == "split":
+        if chosen is not None:
+            raise ValueError(f"{found.path.name}: brings its own split; no protocol can be applied")
+        return _with_origin(read_split(found), found.path.name, found.format, None)
+    if found.format == "compact" and chosen is None:
+        compact = Compact(found.path)
+        if compact.is_split:
+            return _with_origin(compact.dataset(), found.path.name, found.format, None)
+    chosen = chosen or Protocol.preset("none")
+    dataset = split_events(events_of(found, columns, show_progress), chosen)
+    return _with_origin(dataset, found.path.name, found.format, chosen)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    protocol: Protocol | str | None = None,
+    format: str = "auto",
+    user_column: str | int | None = None,
+    item_column: str | int | None = None,
+    rating_column: str | int | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
+    show_progress: bool = True,
+    overwrite: bool = False,
+) -> Dataset:
+    """Reads raw data, applies the protocol and writes the folder `out`, all of it or nothing.
+
+    Args:
+        out: a new or empty folder; with `overwrite` also a prepared data set.
+        the others: as in `load_source`.
+
+    Returns:
+        The written data set, opened.
+
+    Raises:
+        FileExistsError: `out` holds something that must not be replaced; found out before anything is read.
+        FileNotFoundError, ValueError, ImportError: as in `load_source`.
+    """
+    out = Path(out)
+    _check_replaceable(out, overwrite)
+    dataset = load_source(
+        source,
+        protocol=protocol,
+        format=format,
+        user_column=user_column,
+        item_column=item_column,
+        rating_column=rating_column,
+        delimiter=delimiter,
+        header=header,
+        show_progress=show_progress,
+    )
+    save_dataset(dataset, out, overwrite=overwrite)
+    return open_dataset(out)
+
+
+def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a data set to the folder `out` through a temporary sibling and a rename.
+
+    Raises:
+        FileExistsError: as in `prepare`.
+    """
+    out = Path(out).resolve()
+    _check_replaceable(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        arrays: dict[str, dict[str, Any]] = {}
+        for name, array in _arrays(dataset).items():
+            with (partial / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                _flush(file)
+            arrays[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "name": dataset.name,
+            "n_items": dataset.n_items,
+            "report": dataset.report,
+            "arrays": arrays,
+        }
+        with (partial / MANIFEST).open("w", encoding="utf-8") as text:
+            json.dump(manifest, text, indent=2)
+            _flush(text)
+        _flush_folder(partial)
+        _put_in_place(partial, out, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Opens a prepared folder through memory maps, or a compact `.npz` directly.
+
+    A compact file that brings train, vad_tr, vad_te, test_tr and test_te is taken as that split; of any other the union
+    of all matrices is split by the preset "none".
+
+    Raises:
+        FileNotFoundError: nothing is at `path`.
+        ValueError: no prepared data set, of another version, or damaged; names the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such data set: {path}")
+    if path.is_file():
+        if not is_zip(path) or npz_format(path) != "compact":
+            raise ValueError(
+                f"{path.name}: expected a prepared folder or a compact .npz; raw data needs `prepare` first"
+            )
+        return load_source(path)
+    manifest = _read_manifest(path)
+    arrays = {name: _open_array(path, name, manifest) for name in _ARRAYS}
+    n_items = manifest["n_items"]
+    largest = max(len(arrays[f"{name}_indices"]) for name in _MATRICES)
+    ones = np.ones(largest, np.float32)
+    ones.flags.writeable = False  # five matrices share it
+    matrices = {name: _open_matrix(path, name, arrays, n_items, ones) for name in _MATRICES}
+    rows = {"train": "train", "validation_fold_in": "validation", "test_fold_in": "test"}
+    rows |= {"validation_targets": "validation", "test_targets": "test"}
+    for name, users in rows.items():
+        expected = len(arrays[f"{users}_user_ids"])
+        if matrices[name].shape[0] != expected:
+            found = matrices[name].shape[0]
+            raise ValueError(f"{path / f'{name}_indptr.npy'}: expected {expected} rows; found {found}")
+    if len(arrays["item_ids"]) != n_items:
+        raise ValueError(f"{path / 'item_ids.npy'}: expected {n_items} ids; found {len(arrays['item_ids'])}")
+    validation, test = (
+        HeldOut(matrices[f"{part}_fold_in"], matrices[f"{part}_targets"], arrays[f"{part}_user_ids"])
+        for part in ("validation", "test")
+    )
+    ids = arrays["item_ids"], arrays["train_user_ids"]
+    return Dataset(manifest["name"], matrices["train"], validation, test, *ids, manifest["report"])
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a folder holds a prepared data set (which may still turn out damaged)."""
+    try:
+        _read_manifest(Path(path))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _with_origin(dataset: Dataset, source: str, format: str, protocol: Protocol | None) -> Dataset:
+    origin = {"source": source, "format": format, "protocol": None if protocol is None else protocol.to_dict()}
+    return replace(dataset, name=source.split(".", 1)[0] or source, report={**origin, **dataset.report})
+
+
+def _arrays(dataset: Dataset) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = dict(dataset.ids())
+    for name, matrix in dataset.matrices().items():
+        if not matrix.has_sorted_indices:
+            matrix = matrix.sorted_indices()
+        arrays[f"{name}_indptr"] = matrix.indptr.astype(np.int64)
+        arrays[f"{name}_indices"] = matrix.indices.astype(np.int32)
+    return arrays
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} exists and is no folder")
+    names = {entry.name for entry in out.iterdir()}
+    if not names:
+        return
+    if not is_prepared(out):
+        raise FileExistsError(f"{out} is not empty and holds no prepared data set: it is left alone")
+    foreign = sorted(names - {MANIFEST, *(f"{name}.npy" for name in _ARRAYS)})
+    if foreign:
+        raise FileExistsError(f"{out} holds a prepared data set and other files ({foreign[0]}): it is left alone")
+    if not overwrite:
+        raise FileExistsError(f"{out} holds a prepared data set; pass overwrite to replace it")
+
+
+def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
+    _check_replaceable(out, overwrite)
+    if not out.exists() or not any(out.iterdir()):
+        partial.rename(out)  # onto nothing or an empty folder
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _flush_folder(out.parent)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: no prepared data set ({MANIFEST} is missing); prepare raw data first")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format version {FORMAT_VERSION}; found {version!r}")
+    kinds = {"name": str, "n_items": int, "report": dict, "arrays": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            raise ValueError(f"{path}: expected {key!r} to be of type {kind.__name__}; found {manifest.get(key)!r}")
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _open_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
+    path = folder / f"{name}.npy"
+    try:
+        array = _open_flat(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: missing, truncated or damaged ({error})") from error
+    found = {"dtype": array.dtype.str, "shape": list(array.shape)}
+    expected = manifest["arrays"].get(name)
+    if found != expected:
+        raise ValueError(f"{path}: expected {expected}; found {found}")
+    kinds = "iU" if name in _IDS else "i"
+    if array.dtype.kind not in kinds or array.ndim != 1:
+        raise ValueError(f"{path}: expected a row of integers{' or texts' if kinds == 'iU' else ''}; found {found}")
+    return array
+
+
+def _open_flat(path: Path) -> NDArray[Any]:
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        expected, found = file.tell() + int(np.prod(shape)) * dtype.itemsize, path.stat().st_size
+    if expected != found:
+        raise ValueError(f"expected {expected} bytes; found {found}")
+    if 0 in shape:
+        return np.empty(shape, dtype)  # nothing cannot be mapped
+    mapped: NDArray[Any] = np.asarray(open_memmap(path, mode="r"))
+    return mapped
+
+
+def _open_matrix(
+    folder: Path, name: str, arrays: dict[str, NDArray[Any]], n_items: int, ones: NDArray[np.float32]
+) -> sp.csr_matrix:
+    indptr, indices = arrays[f"{name}_indptr"], arrays[f"{name}_indices"]
+    where = str(folder / f"{name}_indptr.npy")
+    if len(indptr) == 0 or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
+        raise ValueError(f"{where}: expected row starts ascending from 0 to {len(indices)}; found others")
+    if indptr[-1] < 2**31:
+        indptr = indptr.astype(np.int32)  # scipy wants one type for both, and indices must not be copied
+    matrix = binary_csr(indices, indptr, n_items, ones)
+    check_matrix(matrix, n_items, str(folder / f"{name}_indices.npy"))
+    return matrix

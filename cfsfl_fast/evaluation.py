@@ -1,0 +1,80 @@
+"""Fold-in, recommend, compare with the targets: strong generalisation (Liang et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cfsfl_fast import metrics
+from cfsfl_fast.interactions import Interactions, as_interactions
+
+RANKS = 100
+"""Items that are ranked for a user; no metric looks further."""
+
+BATCH_SIZE = 512
+
+Recommend = Callable[[Interactions, int], tuple[Tensor, Tensor]]
+"""(histories, n) -> ids [B, n] and scores [B, n], the histories' own items left out."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every user's metrics. Each [N] float64, N users with a target."""
+
+    recall20: Tensor
+    recall50: Tensor
+    ndcg100: Tensor
+
+    def summary(self) -> dict[str, metrics.Mean]:
+        """Mean and standard error by the metric's name."""
+        named = {"Recall@20": self.recall20, "Recall@50": self.recall50, "NDCG@100": self.ndcg100}
+        return {name: metrics.mean(values) for name, values in named.items()}
+
+
+def evaluate(
+    recommend: Recommend,
+    fold_in: Any,
+    targets: Any,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = BATCH_SIZE,
+    progress: str | None = None,
+) -> Evaluation:
+    """Recall@20, Recall@50 and NDCG@100 of every user, from fold-in histories and held-out targets.
+
+    Args:
+        recommend: gives the ids that are judged, for histories on `device`.
+        fold_in, targets: the same users' rows [N, M], in any form that `as_interactions` takes. Users without a target
+            are left out.
+        batch_size: users at once; it changes no figure.
+        progress: label of a progress bar; None shows none.
+
+    Raises:
+        ValueError: the two do not have the same users and items, or batch_size is below 1.
+    """
+    if fold_in.shape != targets.shape:
+        raise ValueError(f"fold-in and targets must have one shape; got {fold_in.shape} and {targets.shape}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    n_items = fold_in.shape[1]
+    history, wanted = (as_interactions(x, n_items, device) for x in (fold_in, targets))
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    judged = wanted.counts.nonzero().squeeze(1)
+    for users in tqdm(judged.split(batch_size), desc=progress, disable=None if progress else True, leave=False):
+        mine = wanted.take(users)
+        hit = metrics.hits(recommend(history.take(users), RANKS)[0], mine)
+        found.append(
+            (
+                metrics.recall(hit, mine.counts, 20),
+                metrics.recall(hit, mine.counts, 50),
+                metrics.ndcg(hit, mine.counts, RANKS),
+            )
+        )
+    if not found:
+        return Evaluation(*(torch.empty(0, dtype=torch.float64),) * 3)
+    return Evaluation(*(torch.cat(values).cpu() for values in zip(*found, strict=True)))

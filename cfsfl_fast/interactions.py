@@ -1,0 +1,189 @@
+"""Histories as CSR rows: what users may hand in, checked, repaired and placed on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """The items of B users, ascending and unique within a user: x in {0,1}^(B x M), sparse.
+
+    items: [E] int64 in 0..M-1. offsets: [B + 1] int64; user b owns items[offsets[b] : offsets[b + 1]].
+    """
+
+    items: Tensor
+    offsets: Tensor
+    n_items: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def csr(self) -> tuple[Tensor, Tensor]:
+        """(items, offsets), as operations take rows."""
+        return self.items, self.offsets
+
+    @property
+    def counts(self) -> Tensor:
+        """|x| of every user. [B]"""
+        return self.offsets.diff()
+
+    @property
+    def rows(self) -> Tensor:
+        """The user of every entry. [E]"""
+        users = torch.arange(len(self), device=self.offsets.device)
+        return torch.repeat_interleave(users, self.counts, output_size=len(self.items))
+
+    def spread(self, per_user: Tensor) -> Tensor:
+        """A value per user, laid out over the user's entries. [B] -> [E]"""
+        return torch.repeat_interleave(per_user, self.counts, output_size=len(self.items))
+
+    def unit_weights(self) -> Tensor:
+        """The entries of x / ||x||_2. [E] float32"""
+        return self.spread(self.counts.clamp_min(1).float().rsqrt())
+
+    def mean_weights(self) -> Tensor:
+        """The entries of x / |x|. [E] float32"""
+        return self.spread(self.counts.clamp_min(1).float().reciprocal())
+
+    def take(self, users: Tensor) -> Interactions:
+        """The rows of some users, in the order given. users: [B'] int64"""
+        counts = self.counts[users]
+        offsets = torch.zeros(len(users) + 1, dtype=torch.int64, device=counts.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        n_entries = int(offsets[-1])
+        shift = torch.repeat_interleave(self.offsets[users] - offsets[:-1], counts, output_size=n_entries)
+        entries = torch.arange(n_entries, device=counts.device) + shift
+        return Interactions(self.items[entries], offsets, self.n_items)
+
+    def where(self, keep: Tensor) -> Interactions:
+        """The same users with some of their entries. keep: [E] bool"""
+        kept = torch.zeros(len(keep) + 1, dtype=torch.int64, device=keep.device)
+        torch.cumsum(keep, 0, out=kept[1:])
+        return Interactions(self.items[keep], kept[self.offsets], self.n_items)
+
+    def padded(self, n_users: int) -> Interactions:
+        """The same rows and empty ones behind them, n_users in all."""
+        more = self.offsets[-1:].expand(n_users - len(self))
+        return Interactions(self.items, torch.cat([self.offsets, more]), self.n_items)
+
+    def union(self, other: Interactions) -> Interactions:
+        """Row by row, the items of either."""
+        rows = torch.cat([self.rows, other.rows])
+        return from_pairs(rows, torch.cat([self.items, other.items]), len(self), self.n_items)
+
+    def to(self, device: torch.device | str) -> Interactions:
+        """The same rows on a device."""
+        return Interactions(self.items.to(device), self.offsets.to(device), self.n_items)
+
+
+def from_pairs(rows: Tensor, items: Tensor, n_users: int, n_items: int) -> Interactions:
+    """CSR rows of (user, item) pairs in any order; duplicates count once."""
+    keys = torch.unique(rows * max(1, n_items) + items)
+    rows, items = keys // max(1, n_items), keys % max(1, n_items)
+    offsets = torch.zeros(n_users + 1, dtype=torch.int64, device=keys.device)
+    torch.cumsum(torch.bincount(rows, minlength=n_users), 0, out=offsets[1:])
+    return Interactions(items, offsets, n_items)
+
+
+def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") -> Interactions:
+    """Histories in any of the accepted forms, as checked CSR rows on a device.
+
+    Args:
+        x: `Interactions`; a scipy sparse matrix or array; a torch sparse (CSR or COO) or dense tensor; a dense NumPy
+            array, each [B, M], an entry > 0 meaning that the user has the item; or a pair (items [E], offsets [B + 1]).
+        n_items: M.
+        device: where the rows go.
+
+    Raises:
+        TypeError: x is none of these.
+        ValueError: the width is not M (both are named), an id is out of range, a value is negative, NaN or infinite,
+            ids are not integers, or offsets do not ascend from 0 to E. Unsorted ids, duplicates and zeros are repaired.
+    """
+    if isinstance(x, Interactions):
+        _check_width((len(x), x.n_items), n_items)
+        return x.to(device)
+    if isinstance(x, tuple) and len(x) == 2:
+        return _from_offsets(*x, n_items).to(device)
+    if isinstance(x, Tensor) and x.layout in (torch.sparse_csr, torch.sparse_coo):
+        _check_width(x.shape, n_items)
+        coo = x.detach().to_sparse_coo().coalesce().cpu()
+        rows, items = coo.indices()
+        return _from_triplets(rows, items, coo.values(), x.shape[0], n_items).to(device)
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(x))
+    if isinstance(x, Tensor):
+        _check_width(x.shape, n_items)
+        dense = x.detach().cpu()
+        rows, items = dense.nonzero(as_tuple=True)
+        return _from_triplets(rows, items, dense[rows, items], x.shape[0], n_items).to(device)
+    if sp.issparse(x):
+        _check_width(x.shape, n_items)
+        return _from_scipy(x, n_items).to(device)
+    raise TypeError(
+        "histories must be a scipy sparse matrix, a torch tensor (sparse or dense), a NumPy array or a pair "
+        f"(items, offsets); got {type(x).__name__}"
+    )
+
+
+def _from_scipy(x: Any, n_items: int) -> Interactions:
+    csr = x.tocsr()
+    values = torch.tensor(csr.data)
+    if csr.has_canonical_format and bool((values > 0).all()) and bool(values.isfinite().all()):
+        items, offsets = (torch.from_numpy(ids.astype(np.int64)) for ids in (csr.indices, csr.indptr))
+        _check_range(items, n_items)
+        return Interactions(items, offsets, n_items)
+    coo = csr.tocoo()
+    rows, items = (torch.from_numpy(ids.astype(np.int64)) for ids in (coo.row, coo.col))
+    return _from_triplets(rows, items, values, x.shape[0], n_items)
+
+
+def _check_width(shape: Any, n_items: int) -> None:
+    if len(shape) != 2:
+        raise ValueError(f"histories must be users x items, [B, {n_items}]; got shape {tuple(shape)}")
+    if shape[1] != n_items:
+        hint = "; is it items x users? then hand in its transpose" if shape[0] == n_items else ""
+        raise ValueError(f"histories must have one column per item, [B, {n_items}]; got shape {tuple(shape)}{hint}")
+
+
+def _from_triplets(rows: Tensor, items: Tensor, values: Tensor, n_users: int, n_items: int) -> Interactions:
+    if values.is_floating_point() and not bool(values.isfinite().all()):
+        raise ValueError("histories hold NaN or infinite values; every entry must be 0 or positive")
+    if values.dtype != torch.bool and bool((values < 0).any()):
+        raise ValueError(
+            f"histories hold negative values (the least is {values.min().item()}); entries are 0 or positive"
+        )
+    _check_range(items, n_items)
+    kept = values != 0
+    return from_pairs(rows[kept], items[kept], n_users, n_items)
+
+
+def _from_offsets(items: Any, offsets: Any, n_items: int) -> Interactions:
+    items, offsets = (torch.as_tensor(ids).cpu() for ids in (items, offsets))
+    for name, ids in (("items", items), ("offsets", offsets)):
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            if ids.dim() == 1 and len(ids) == 0:
+                continue
+            raise ValueError(f"{name} must be a vector of integers; got {ids.dtype} of shape {tuple(ids.shape)}")
+    items, offsets = items.long(), offsets.long()
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"offsets must ascend from 0 to the number of items, {len(items)}, one more than there are users; "
+            f"got {offsets.tolist() if len(offsets) < 8 else [*offsets[:3].tolist(), '...', int(offsets[-1])]}"
+        )
+    _check_range(items, n_items)
+    rows = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    return from_pairs(rows, items, len(offsets) - 1, n_items)
+
+
+def _check_range(items: Tensor, n_items: int) -> None:
+    if len(items) and (int(items.min()) < 0 or int(items.max()) >= n_items):
+        worst = int(items.min()) if int(items.min()) < 0 else int(items.max())
+        raise ValueError(f"item ids must be 0 to {n_items - 1}; got {worst}")

@@ -1,0 +1,323 @@
+"""CFSFL, the drop-in module: a recommender in a feedback loop with a virtual user."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfsfl_fast import checkpoint, ops
+from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.interactions import Interactions, as_interactions
+from cfsfl_fast.loop import Unrolled, unroll
+from cfsfl_fast.recommenders import RECOMMENDERS
+from cfsfl_fast.virtual_user import LookupTable, VirtualUser, feedback_generator, reward_estimator
+
+ROWS = 32
+"""Batches are padded with empty users to a multiple of this: a row then has the same bits in any batch."""
+
+BATCH = 512
+"""Users that `recommend` answers at once; more come in as many batches as it takes."""
+
+
+class Trace(NamedTuple):
+    """The loop made visible: what happened at every step."""
+
+    ids: Tensor  # a^t, t = 0 .. T - 1. [T, B, K] int64, -1 where a list ends
+    rewards: Tensor  # R(s^t, a^t). [T, B]
+    feedback: Tensor  # v^(t + 1). [T, B, V]
+
+
+class CFSFL(nn.Module):
+    """Collaborative filtering with a synthetic feedback loop (Algorithm 1's model; equations (1) to (4) and (16)).
+
+    Args:
+        n_items: M.
+        recommender: name of the base recommender.
+        steps: T, feedback steps; 0 is the plain recommender.
+        top_k: K, items of the list that the virtual user sees; the whole catalogue where M < K.
+        action: how the list enters h(x, a): "straight_through", "topk_softmax", "softmax" or "hard".
+        hidden_dim, latent_dim, lookup_dim, feedback_dim: H, Z, D, V.
+        dropout: share of the history hidden in training.
+        reading: "heldout" (lists leave out what the user has) or "full" (they may repeat it).
+        backend: "auto", "triton", "cpp", "torch" or "reference".
+        **training: the other fields of `CFSFLConfig`, for its trainer.
+
+    Raises:
+        ValueError: a size is below 1 or a choice unknown.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        *,
+        recommender: str = "vae",
+        steps: int = 8,
+        top_k: int = 50,
+        action: str = "straight_through",
+        hidden_dim: int = 600,
+        latent_dim: int = 200,
+        lookup_dim: int = 64,
+        feedback_dim: int = 128,
+        dropout: float = 0.5,
+        reading: str = "heldout",
+        backend: str = "auto",
+        **training: Any,
+    ) -> None:
+        super().__init__()
+        if n_items < 1:
+            raise ValueError(f"n_items must be at least 1; got {n_items}")
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}; got {backend!r}")
+        self.n_items = n_items
+        self.backend = backend
+        self.config = CFSFLConfig.from_dict(
+            {
+                "recommender": recommender,
+                "steps": steps,
+                "top_k": top_k,
+                "action": action,
+                "hidden_dim": hidden_dim,
+                "latent_dim": latent_dim,
+                "lookup_dim": lookup_dim,
+                "feedback_dim": feedback_dim,
+                "dropout": dropout,
+                "reading": reading,
+                **training,
+            }
+        )
+        self.item_ids: np.ndarray | None = None
+        self.recommender = RECOMMENDERS[recommender](n_items, hidden_dim, latent_dim, feedback_dim)
+        self.lookup = LookupTable(n_items, lookup_dim)
+        self.reward = reward_estimator(lookup_dim)
+        self.feedback = feedback_generator(lookup_dim, feedback_dim)
+
+    @classmethod
+    def from_config(cls, n_items: int, config: CFSFLConfig, *, backend: str = "auto") -> CFSFL:
+        """A new model with every choice of a config."""
+        return cls(n_items, backend=backend, **dataclasses.asdict(config))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lookup.weight.device
+
+    @property
+    def user(self) -> VirtualUser:
+        """The virtual user's parts."""
+        return VirtualUser(self.lookup, self.reward, self.feedback)
+
+    def output_table(self) -> ops.Table:
+        """The recommender's output layer, for the operations of one pass."""
+        return ops.Table(self.recommender.output.weight, self.recommender.output.bias)
+
+    def forward(self, x: Any, *, steps: int | None = None) -> Tensor:
+        """Scores s^T of every item. In training mode with dropout and sampled z, from torch's generator.
+
+        Args:
+            x: histories of B users, in any form that `as_interactions` takes.
+            steps: T; None is the model's own.
+
+        Returns:
+            [B, M].
+        """
+        with ops.use_backend(self.backend):
+            history, n_users = self._padded(x)
+            unrolled = self._unroll(history, self.output_table(), steps)
+            output = self.recommender.output
+            return F.linear(unrolled.code.u, output.weight, output.bias)[:n_users]
+
+    def unroll(self, x: Any, *, steps: int | None = None) -> Trace:
+        """Every step's list, reward and feedback.
+
+        Args:
+            x: histories of B users.
+            steps: T; None is the model's own.
+        """
+        with ops.use_backend(self.backend):
+            history, n_users = self._padded(x)
+            turns = self._unroll(history, self.output_table(), steps).turns
+        k = min(self.config.top_k, self.n_items)
+        if not turns:
+            empty = self.lookup.weight.new_empty
+            shape = (0, n_users)
+            return Trace(empty((*shape, k), dtype=torch.int64), empty(shape), empty((*shape, self.config.feedback_dim)))
+        return Trace(
+            torch.stack([t.ids for t in turns])[:, :n_users],
+            torch.stack([t.logit for t in turns]).sigmoid()[:, :n_users],
+            torch.stack([t.feedback for t in turns])[:, :n_users],
+        )
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        x: Any,
+        n: int = 10,
+        *,
+        exclude_seen: bool = True,
+        exclude: Any = None,
+        candidates: Any = None,
+        steps: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The n best items of every user after T steps, as an evaluated model (no dropout, z = mu).
+
+        Args:
+            x: histories of B users.
+            n: items per user, at least 0.
+            exclude_seen: leave out the items of x.
+            exclude: items to leave out besides: ids [.] for all users, or rows in any form that x may have.
+            candidates: ids [.] that may be recommended; None for all.
+            steps: T; None is the model's own.
+
+        Returns:
+            ids [B, n] int64, score descending, ties to the smaller id; scores [B, n] float32. Padded with -1 and -inf
+            where fewer items exist. The same bits in any batch and order where layers are multiples of 4 wide (as the
+            defaults are; a CPU's library products of other widths round by position).
+
+        Raises:
+            ValueError: n is negative, an id is out of range, or weights or scores are NaN.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0; got {n}")
+        histories = as_interactions(x, self.n_items, self.device)
+        left_out = self._left_out(exclude, len(histories))
+        listed = None if candidates is None else _ids(candidates, self.n_items, "candidates").to(self.device).unique()
+        training = self.training
+        self.eval()
+        try:
+            with ops.use_backend(self.backend):
+                users = torch.arange(len(histories), device=self.device)
+                found = [
+                    self._recommend(
+                        histories.take(some), n, exclude_seen, left_out and left_out.take(some), listed, steps
+                    )
+                    for some in users.split(BATCH)
+                ]
+        finally:
+            self.train(training)
+        ids = torch.cat([ids for ids, _ in found])
+        return ids, torch.cat([scores for _, scores in found]).float()
+
+    def _recommend(
+        self,
+        x: Interactions,
+        n: int,
+        exclude_seen: bool,
+        exclude: Interactions | None,
+        candidates: Tensor | None,
+        steps: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`recommend` for one batch of checked rows."""
+        history, n_users = self._padded(x)
+        output = self.output_table()
+        unrolled = self._unroll(history, output, steps)
+        if not bool(unrolled.code.u.isfinite().all()):
+            raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
+        state = unrolled.state if exclude_seen == (self.config.reading == "heldout") else None
+        shut = history if exclude_seen else None
+        if exclude is not None:
+            shut, state = (
+                exclude.padded(len(history)) if shut is None else shut.union(exclude.padded(len(history))),
+                None,
+            )
+        if candidates is not None:
+            output, state = output.rows(candidates), None
+            shut = None if shut is None else _among(shut, candidates)
+        k = min(n, len(output.weight))
+        ids, scores = ops.linear_topk(unrolled.code.u, output, k, None if shut is None else shut.csr, state)
+        if candidates is not None:
+            ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)]) if len(candidates) else ids
+        ids, scores = ids[:n_users], scores[:n_users]
+        return F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf"))
+
+    def _padded(self, x: Any) -> tuple[Interactions, int]:
+        history = as_interactions(x, self.n_items, self.device)
+        return history.padded(-(-len(history) // ROWS) * ROWS), len(history)
+
+    def _unroll(self, x: Interactions, output: ops.Table, steps: int | None) -> Unrolled:
+        """T steps from histories; in training mode with torch's dropout and noise."""
+        steps = self.config.steps if steps is None else steps
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0; got {steps}")
+        weights = x.unit_weights()
+        noise = None
+        if self.training:
+            weights = F.dropout(weights, self.config.dropout)
+            eps = torch.randn(len(x), self.config.latent_dim, device=self.device)
+            noise = lambda _: eps  # noqa: E731
+        lookup = ops.Table(self.lookup.weight)
+        return unroll(
+            self.recommender,
+            self.user,
+            self.recommender.hoist(*x.csr, weights),
+            ops.row_bag(lookup, *x.csr, x.mean_weights()),
+            output,
+            lookup,
+            steps=steps,
+            k=self.config.top_k,
+            action=self.config.action,
+            exclude=x.csr if self.config.reading == "heldout" else None,
+            noise=noise,
+        )
+
+    def _left_out(self, exclude: Any, n_users: int) -> Interactions | None:
+        if exclude is None:
+            return None
+        shape = getattr(exclude, "shape", None)
+        if isinstance(exclude, (list, set, frozenset, range)) or (shape is not None and len(shape) == 1):
+            ids = _ids(exclude, self.n_items, "exclude").unique()
+            offsets = torch.arange(n_users + 1) * len(ids)
+            return Interactions(ids.repeat(n_users), offsets, self.n_items).to(self.device)
+        rows = as_interactions(exclude, self.n_items, self.device)
+        if len(rows) != n_users:
+            raise ValueError(f"exclude must have a row per user, {n_users}; got {len(rows)}")
+        return rows
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, model.safetensors and item_ids.npy to a folder, whole or not at all."""
+        checkpoint.save_model(Path(folder), self.n_items, self.config, self.state_dict(), self.item_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str | None = None, *, backend: str = "auto"
+    ) -> CFSFL:
+        """The model of a folder, in eval mode.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is truncated, altered or of a newer format; the message names it.
+        """
+        saved = checkpoint.load_model(Path(folder))
+        with torch.device("meta"):
+            model = cls.from_config(saved.n_items, saved.config, backend=backend)
+        checkpoint.check_tensors(Path(folder), saved.tensors, model.state_dict())
+        model.load_state_dict(saved.tensors, assign=True)
+        model.item_ids = saved.item_ids
+        return model.requires_grad_(True).to(device or "cpu").eval()
+
+
+def _ids(ids: Any, n_items: int, name: str) -> Tensor:
+    """A vector of item ids in range, int64 on the CPU."""
+    vector = torch.as_tensor(sorted(ids) if isinstance(ids, (set, frozenset, range)) else ids).cpu()
+    if vector.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if vector.dim() != 1 or vector.is_floating_point() or vector.dtype == torch.bool:
+        raise ValueError(f"{name} must be a vector of item ids; got {vector.dtype} of shape {tuple(vector.shape)}")
+    worst = int(vector.min()) if int(vector.min()) < 0 else int(vector.max())
+    if not 0 <= worst < n_items:
+        raise ValueError(f"{name} must hold item ids from 0 to {n_items - 1}; got {worst}")
+    return vector.long()
+
+
+def _among(x: Interactions, candidates: Tensor) -> Interactions:
+    """The rows of x as positions in the ascending `candidates`; other items leave."""
+    if len(candidates) == 0:
+        return Interactions(x.items[:0], torch.zeros_like(x.offsets), 0)
+    place = torch.searchsorted(candidates, x.items).clamp_max(len(candidates) - 1)
+    kept = x.where(candidates[place] == x.items)
+    return Interactions(torch.searchsorted(candidates, kept.items), kept.offsets, len(candidates))

@@ -1,0 +1,50 @@
+"""Random numbers that are a function of their keys: the same for any batch, order, device or restart.
+
+A counter-based generator (SplitMix64's finaliser over a chain of keys; Steele, Lea and Flood 2014), in int64 tensor
+arithmetic, which wraps. Nothing is kept between calls, so a run that resumes repeats what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >> 63 else x
+
+
+_GOLDEN, _FIRST, _SECOND = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def bits(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """64 random bits for every combination of keys, which broadcast. int64"""
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for key in keys:
+        state = _mix((state + _GOLDEN) ^ _mix(torch.as_tensor(key, device=device) + _GOLDEN))
+    return state
+
+
+def uniform(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform on (0, 1) for every combination of keys, which broadcast. float32"""
+    return (_shift(bits(*keys, device=device), 40).float() + 0.5) * 2.0**-24
+
+
+def normal(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal for every combination of keys (Box and Muller 1958). float32"""
+    drawn = bits(*keys, device=device)
+    radius = ((_shift(drawn, 40).float() + 0.5) * 2.0**-24).log_().mul_(-2).sqrt_()
+    return radius * ((drawn & 0xFFFFFF).float() * (2 * math.pi * 2.0**-24)).cos_()

@@ -1,0 +1,28 @@
+// Which kernels run: the best that the processor has, unless a test or the environment variable CFSFL_ISA says
+// otherwise.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace cfsfl {
+
+const Kernels& kernels();                      // those in use
+std::vector<std::string> supported_isas();     // worst first
+std::string set_isa(const std::string& name);  // "auto" or one of them; the previous name
+bool coarse_available();                       // 8-bit dot products
+bool screening();                              // whether integer screening is used where it is available
+bool set_screening(bool on);                   // the previous choice
+
+// Sets or clears flush-to-zero in every thread that calls it; returns the old choice.
+bool flush_denormals_here(bool on);
+
+// Flush-to-zero for the life of a scope, in one thread.
+struct FlushScope {
+    bool old = flush_denormals_here(true);
+    ~FlushScope() { flush_denormals_here(old); }
+};
+
+}  // namespace cfsfl

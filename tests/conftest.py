@@ -1,0 +1,58 @@
+"""Shared by all tests: poisoned memory, real data where it is, a small data set with a known answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from cfsfl_fast.datasets import Dataset, Protocol, save_dataset, split_events
+from cfsfl_fast.datasets.matrices import matrix_events
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> None:
+    """torch.empty gives NaN, so that a result nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """The path of a real data file; skips the test where the file is not."""
+
+    def find(name: str) -> Path:
+        folder = Path(os.environ.get("CFSFL_DATA", ROOT.parent / "shared" / "data"))
+        if not (folder / name).exists():
+            pytest.skip(f"{name} is not here; CFSFL_DATA names the folder that has it")
+        return folder / name
+
+    return find
+
+
+def clusters(n_users: int = 160, n_items: int = 40, n_clusters: int = 4, seed: int = 0) -> sp.csr_matrix:
+    """Users who have most items of their own cluster and none of another: what they miss is the rest of it."""
+    random = np.random.default_rng(seed)
+    users = np.arange(n_users)[:, None] % n_clusters
+    own = users == (np.arange(n_items) % n_clusters)[None, :]
+    return sp.csr_matrix((own & (random.random((n_users, n_items)) < 0.7)).astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def toy() -> Dataset:
+    """`clusters`, split by users."""
+    return split_events(matrix_events(clusters(), "clusters"), Protocol(held_out=20))
+
+
+@pytest.fixture(scope="session")
+def toy_folder(toy: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`toy`, prepared on disk."""
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    save_dataset(toy, folder)
+    return folder

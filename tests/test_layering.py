@@ -1,0 +1,91 @@
+"""The arrows between modules point down, read off the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "cfsfl_fast"
+LEAVES = {"config", "interactions", "noise", "datasets", "metrics", "checkpoint", "reference", "library", "testing"}
+"""May import other leaves of this set that stand before them only where ALLOWED says so."""
+
+ALLOWED = {
+    "cli": {"checkpoint", "ops", "config", "datasets", "evaluation", "model", "runs"},
+    "runs": {
+        "checkpoint",
+        "ops",
+        "baselines",
+        "config",
+        "datasets",
+        "evaluation",
+        "interactions",
+        "metrics",
+        "model",
+        "training",
+    },
+    "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "virtual_user"},
+    "evaluation": {"metrics", "interactions"},
+    "baselines": {"ops", "interactions"},
+    "model": {"checkpoint", "ops", "config", "interactions", "loop", "recommenders", "virtual_user"},
+    "loop": {"ops", "recommenders", "virtual_user"},
+    "losses": set(),
+    "recommenders": {"ops"},
+    "virtual_user": set(),
+    "ops": {"library", "reference"},
+    "cpp": {"library", "_cpp"},
+    "metrics": {"interactions"},
+    "checkpoint": {"config"},
+    "testing": {"library", "reference", "ops", "interactions"},
+    "__init__": {"config", "model"},
+    "__main__": {"cli"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, by their first name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "cfsfl_fast":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith("cfsfl_fast."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cfsfl_fast.")}
+    return found
+
+
+FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_module_imports_what_stands_below_it(name: str) -> None:
+    assert imports(FILES[name]) <= ALLOWED.get(name, set()), f"{name} may import {sorted(ALLOWED.get(name, set()))}"
+
+
+def test_there_is_no_circle() -> None:
+    list(TopologicalSorter({name: imports(path) for name, path in FILES.items() if name != "__init__"}).static_order())
+
+
+@pytest.mark.parametrize("folder", ["datasets", "kernels"])
+def test_packages_stand_alone(folder: str) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        assert imports(path) <= {folder, "library"}, path.name
+
+
+def test_only_ops_knows_the_specification() -> None:
+    users = {name for name, path in FILES.items() if "reference" in imports(path)}
+    assert users <= {"ops", "testing"}
+
+
+def test_no_pickle_anywhere() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        text = path.read_text()
+        assert "import pickle" not in text, path
+        assert "torch.load(" not in text, path
+        assert "allow_pickle=True" not in text, path
