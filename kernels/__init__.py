@@ -1,4 +1,4 @@
-"""Hand-written Triton kernels; importing this package needs Triton, using it a CUDA device (or Triton's interpreter)."""
+"""Hand-written Triton kernels: importing them needs Triton, using them a CUDA device or Triton's interpreter."""
 
 from __future__ import annotations
 

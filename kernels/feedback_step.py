@@ -6,12 +6,14 @@
     v  = MLP_F([h ; R])                                                                 (4)
     p' = hoisted + v^ Wv                   v^ = v / max(|v|, 1e-12); where asked for: the next hidden pre-activation
 
-One program per user selects and gathers. It then takes a ticket; the last to arrive of each GROUP users runs the dense part for all
-of them with `tl.dot`: 200 KB of weights are read once per group, not per user, and the ticket counter returns to 0.
+One program per user selects and gathers. It then takes a ticket; the last to arrive of each GROUP users runs the dense
+part for all of them with `tl.dot`: 200 KB of weights are read once per group, not per user, and the ticket counter
+returns to 0.
 
-Shapes    s [B, M] in a scratch buffer (`scores`), hx [B, D], L [M, D]; weights [out, in] and biases [out] of four and three layers.
-Traffic   2 B M itemsize bytes of scores from cache, B K D itemsize of L, B / GROUP times the weights; 0.3 MFLOP per user.
-          Bound by the latency of one program at B = 500, by cache bandwidth above.
+Shapes    s [B, M] in a scratch buffer (`scores`), hx [B, D], L [M, D]; weights [out, in] and biases [out] of four and
+          three layers.
+Traffic   2 B M itemsize bytes of scores from cache, B K D itemsize of L, B / GROUP times the weights; 0.3 MFLOP per
+          user. Bound by the latency of one program at B = 500, by cache bandwidth above.
 Numerics  Selection exact in the dtype of s. Sums in float32. The dense part multiplies as `tile.dot_precision` says.
 """
 
@@ -59,7 +61,9 @@ def multiply(
     for i0 in tl.range(0, BLOCK_IN, BLOCK_I, num_stages=1 if PREC == "ieee" else 2):
         i = i0 + tl.arange(0, BLOCK_I)
         # Written by other programs or other threads a moment ago: not from the first-level cache.
-        x = tl.load(x_ptr + r * N_IN + i[None, :], mask=in_rows[:, None] & (i < N_IN)[None, :], other=0.0, cache_modifier=".cg")
+        x = tl.load(
+            x_ptr + r * N_IN + i[None, :], mask=in_rows[:, None] & (i < N_IN)[None, :], other=0.0, cache_modifier=".cg"
+        )
         at = i[:, None] * stride_i + o[None, :] * stride_o
         w = tl.load(w_ptr + at, mask=(i < N_IN)[:, None] & (o < N_OUT)[None, :], other=0.0)
         y = tl.dot(x.to(w.dtype), w, y, input_precision=PREC)
@@ -88,7 +92,8 @@ def hand_on(x_ptr, x, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def feedback_step_fwd_kernel(
     v_ptr, logit_ptr, h_ptr, ids_ptr, best_ptr, w_ptr, next_ptr,    # out [B, V], [B], [B, D], [B, K] x 3, [B, H]
-    scores_ptr, buffer_ptr, found_ptr, run_ptr, ticket_ptr, hidden_ptr,    # scratch: pending lists; [B / G], [B / G, 2, G, F]
+    scores_ptr, buffer_ptr, found_ptr, run_ptr,                     # scratch: the pending lists
+    ticket_ptr, hidden_ptr,                                         # scratch [B / G], [B / G, 2, G, BLOCK_F]
     items_ptr, offsets_ptr,                                         # in: excluded [E], [B + 1]
     hx_ptr, lookup_ptr,                                             # [B, D], [M, D]
     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr, # reward: weights r, biases q
@@ -101,7 +106,7 @@ def feedback_step_fwd_kernel(
     stride_hoisted, stride_wv,
     VEC: tl.constexpr, VEC_H: tl.constexpr, UNIFORM: tl.constexpr, DENSE: tl.constexpr, FOLLOWED: tl.constexpr,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
-    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +116,7 @@ def feedback_step_fwd_kernel(
     b = tl.program_id(0)
     run = list_of_user(
         b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, step, stride_scores,
-        CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, GROUPS, TILE, CAPACITY,
+        CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM,
     )  # fmt: skip
 
     list_at = b.to(tl.int64) * K
@@ -298,7 +303,8 @@ def feedback_step(
         UNIFORM=action != "topk_softmax", DENSE=dense, FOLLOWED=dense and following is not None,
         **block.flags(k),
         BLOCK_D=min(256, power_of_two(D)), BLOCK_F=BLOCK_F, BLOCK_V=power_of_two(V), BLOCK_H=128,
-        BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4, maxnreg=128, 
+        BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4,
+        maxnreg=128,  # four programs per multiprocessor; left alone, the compiler spills to get five
     )  # fmt: skip
     if not dense:
         logit, v = library.respond(h, reward, feedback)
@@ -321,7 +327,8 @@ def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -
     hx, lookup, ids, scores = map(rows_first, (hx, lookup, ids, scores))
     fuse_fwd_kernel[(B,)](
         h, w, hx, lookup, ids, scores, K, D, hx.stride(0), lookup.stride(0), ids.stride(0), scores.stride(0),
-        UNIFORM=action != "topk_softmax", VEC=vector(D, hx.stride(0), lookup.stride(0)), BLOCK_K=power_of_two(K), BLOCK_D=min(256, power_of_two(D)), num_warps=4,
+        UNIFORM=action != "topk_softmax", VEC=vector(D, hx.stride(0), lookup.stride(0)),
+        BLOCK_K=power_of_two(K), BLOCK_D=min(256, power_of_two(D)), num_warps=4,
     )  # fmt: skip
     return h, w
 

@@ -4,12 +4,15 @@
     certificate: K <= |kept_b less the excluded| and |kept_b| <= CAPACITY  =>  the K best are among kept_b       (2)
     a user without one is scored again, exactly, by CAPACITY / 2^K_LOG programs that each keep their best        (3)
 
-tau is the score at RANK of every SAMPLE-th item: with r that rank, about r SAMPLE items pass, K of them 4.5 deviations below the mean.
-From the third call of a loop on, when the code u has all but stopped moving, the last tau serves again; (2) guards it.
+tau is the r-th best score of every SAMPLE-th item: about r SAMPLE items pass, and K is 4.5 deviations below that.
+From the third call of a loop on, when the code u has all but stopped moving, the last tau serves again;
+(2) guards it.
 
-Shapes    u [B, H], weight [M, H], bias [M], tau [B] float32; buffer [B, CAPACITY] int64, found [B] int32: the count, or -1 after (3).
+Shapes    u [B, H], weight [M, H], bias [M], tau [B] float32; buffer [B, CAPACITY] int64, found [B] int32: the count, or
+          -1 after (3).
 Traffic   2 B M H flops; weight once per BLOCK_U users. Per score of the epilogue: one comparison and one branch.
-Numerics  Scores are float32 sums and are compared before any rounding to the dtype of u; (3) sums them in another order.
+Numerics  Scores are float32 sums and are compared before any rounding to the dtype of u; (3) sums them in another
+          order.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from cfsfl_fast.kernels.tile import (
     LOWEST,
     capability,
     dot_precision,
+    interpreted,
     is_listed,
     merge_keys,
     pack,
@@ -51,7 +55,6 @@ APPEND = tl.constexpr("""{
     .reg .pred pass, fits, zero;
     .reg .b32 slot, bits, sign, item;
     .reg .b64 at, key;
-    mov.b32 $0, 0;
     setp.ge.f32 pass, $1, $2;
     @!pass bra KEPT_${:uid};
     atom.relaxed.gpu.global.add.u32 slot, [$3], 1;
@@ -67,6 +70,7 @@ APPEND = tl.constexpr("""{
     mad.wide.u32 at, slot, 8, $4;
     @fits st.global.b64 [at], key;
     KEPT_${:uid}:
+    mov.b32 $0, 0;
 }""")
 """Appends one key: `tile.pack` and a counter, behind a branch that nearly every score takes."""
 
@@ -154,7 +158,7 @@ def linear_filter_rescue_kernel(
     HAS_EXCLUDE: tl.constexpr, VEC: tl.constexpr, CAPACITY: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Equation (3). One program per user and share of the items; all but those of users without certificate stop at once."""
+    """Equation (3). One program per user and share of the items; those of users with a certificate stop at once."""
     b = tl.program_id(1).to(tl.int64)
     if tl.load(found_ptr + b) < 0:
         H, stride_u, stride_weight = H // VEC * VEC, stride_u // VEC * VEC, stride_weight // VEC * VEC
@@ -217,7 +221,7 @@ def survivors(
     items, offsets = exclude or (found, found)
     linear_filter_fwd_kernel[(triton.cdiv(tiles, n_tiles), groups)](
         buffer, found, u, weight, bias, tau, B, M, H, n_tiles, u.stride(0), weight.stride(0),
-        PREC=dot_precision(u.dtype), ASM=os.environ.get("TRITON_INTERPRET") != "1", VEC=vec, CAPACITY=CAPACITY,
+        PREC=dot_precision(u.dtype), ASM=not interpreted(), VEC=vec, CAPACITY=CAPACITY,
         BLOCK_U=128, BLOCK_M=BLOCK_M, BLOCK_H=BLOCK_H, num_warps=8,
     )  # fmt: skip
     linear_filter_check_kernel[(B,)](
@@ -228,4 +232,3 @@ def survivors(
         HAS_EXCLUDE=exclude is not None, VEC=vec, CAPACITY=CAPACITY,
         K_LOG=sizes["K_LOG"], CHUNK_LOG=sizes["CHUNK_LOG"], BLOCK_H=32, num_warps=4,
     )  # fmt: skip
-

@@ -1,14 +1,15 @@
 """The multinomial loss of a linear layer against CSR targets, and its gradient.
 
     s     = u O^T + o, -inf where excluded
-    lse_b = logsumexp(s_b)                                                                  streamed over chunks of items  (1)
-    nll_b = |x_b| lse_b - sum_{j in x_b} s_bj                                               0 where x is empty             (2)
-    ds_bj = dnll_b (|x_b| exp(s_bj - lse_b) - [j in x_b])                                                                  (3)
+    lse_b = logsumexp(s_b)                                     streamed over chunks of items            (1)
+    nll_b = |x_b| lse_b - sum_{j in x_b} s_bj                  0 where x is empty                       (2)
+    ds_bj = dnll_b (|x_b| exp(s_bj - lse_b) - [j in x_b])                                               (3)
     du = ds O,    dO = ds^T u,    do = sum_b ds_b                                           library products, per chunk
 
 Shapes    u [B, H], weight [M, H], bias [M], items [E], offsets [B + 1]; nll, lse [B]. Targets are unique within a row.
-Traffic   A chunk of scores is written by the library's product and read twice from cache (1); backward rewrites it in place (3) and
-          two products read it. Where the catalogue is one chunk its scores are kept for backward: one product in four is saved.
+Traffic   A chunk of scores is written by the library's product and read twice from cache (1); backward rewrites it in
+          place (3) and two products read it. Where the catalogue is one chunk its scores are kept for backward: one
+          product in four is saved.
 Numerics  float32 sums. ds has the dtype of u, which the products need; du is summed over chunks in float32.
           No atomics: one program per user writes its row, and then corrects its targets.
 """
@@ -32,7 +33,8 @@ CSR = tuple[Tensor, Tensor]
 def linear_nll_fwd_kernel(
     nll_ptr, lse_ptr,                                               # out [B], [B]
     peak_ptr, total_ptr, hit_ptr,                                   # scratch [B] each: carried from chunk to chunk
-    scores_ptr, items_ptr, offsets_ptr, out_items_ptr, out_offsets_ptr,   # in [B, N], targets, excluded
+    scores_ptr,                                                     # in [B, N]
+    items_ptr, offsets_ptr, out_items_ptr, out_offsets_ptr,         # targets, excluded
     start, M, N,
     stride_scores,
     FIRST: tl.constexpr, LAST: tl.constexpr, HAS_EXCLUDE: tl.constexpr, TILE: tl.constexpr,
@@ -85,7 +87,8 @@ def linear_nll_fwd_kernel(
 @triton.jit
 def linear_nll_bwd_kernel(
     ds_ptr,                                                         # out [B, N]
-    scores_ptr, dnll_ptr, lse_ptr, items_ptr, offsets_ptr, out_items_ptr, out_offsets_ptr,   # in [B, N], [B], [B], targets, excluded
+    scores_ptr, dnll_ptr, lse_ptr,                                  # in [B, N], [B], [B]
+    items_ptr, offsets_ptr, out_items_ptr, out_offsets_ptr,         # targets, excluded
     start, M, N,
     stride_scores,
     HAS_EXCLUDE: tl.constexpr, TILE: tl.constexpr,
@@ -108,8 +111,7 @@ def linear_nll_bwd_kernel(
         ds = tl.exp(s - lse) * scale
         tl.store(ds_row_ptr + n0 + n, ds.to(ds_ptr.dtype.element_ty), mask=n0 + n < N)
 
-    # The rounded softmax part is not the place to subtract from: both parts again, then one rounding.
-    tl.debug_barrier()
+    tl.debug_barrier()  # the whole row is written before its targets are corrected
     e = tl.arange(0, 128)
     for e0 in range(first, last, 128):
         item = tl.load(items_ptr + e0 + e, mask=e0 + e < last, other=-1) - start
@@ -131,7 +133,7 @@ def linear_nll(
     k: int,
     state: LoopState | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """The multinomial loss of every user [B], its logsumexp [B], the list of the K best, and what backward can use again.
+    """The multinomial loss [B], its logsumexp [B], the list of the K best, and what backward can use again.
 
     The last is the scores [B, width] where the catalogue is one chunk, else None.
     """
@@ -158,7 +160,7 @@ def linear_nll(
         )  # fmt: skip
         if select:
             block = Pending(scores, buffer, found, run, None, start, stop - start, start > 0)
-            launch(block, *((ids, best) if stop == M else (None, None)), k)
+            launch(block, ids if stop == M else None, best, k)
     if k > MAX_K:
         ids, best = library.linear_topk(u, weight, bias, k, exclude)
     return nll, lse, (ids, best), scores if whole else None

@@ -5,8 +5,8 @@
 
 Two ways, chosen by `filter_from`:
 
-*Select.* The library's product, a chunk of items at a time, into a buffer that stays in the second-level cache; one program per user
-selects from it (`tile.select_row`) and carries its list from chunk to chunk.
+*Select.* The library's product, a chunk of items at a time, into a buffer that stays in the second-level cache; one
+program per user selects from it (`tile.select_row`) and carries its list from chunk to chunk.
 
 *Filter* (`linear_filter`). A product whose epilogue keeps what reaches a threshold; nothing else is stored.
 
@@ -52,11 +52,11 @@ def list_of_user(
     start, M, N, K, step,
     stride_scores,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
-    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The 2^K_LOG best keys of user b, ascending, of this chunk's scores (or the filter's survivors) and the list so far."""
+    """The 2^K_LOG best keys of user b, ascending, of the list so far and this chunk (or the filter's survivors)."""
     k = tl.arange(0, 2**K_LOG)
-    if CARRIED:
+    if CARRIED:  # noqa: SIM108  (a constexpr: one branch is compiled)
         run = tl.load(run_ptr + b.to(tl.int64) * 2**K_LOG + k)
     else:
         run = tl.full((2**K_LOG,), EMPTY, tl.int64)
@@ -71,7 +71,7 @@ def list_of_user(
         first = tl.load(offsets_ptr + b) if HAS_EXCLUDE else 0
         last = tl.load(offsets_ptr + b + 1) if HAS_EXCLUDE else 0
         leave_out(row_ptr, items_ptr, first, last, start, M, N, step, HAS_EXCLUDE, 128, 64)
-        run = select_row(run, row_ptr, buffer_ptr, start, N, K, K_LOG, CHUNK_LOG, GROUPS, TILE, CAPACITY)
+        run = select_row(run, row_ptr, buffer_ptr, start, N, K, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM)
     return run
 
 
@@ -94,13 +94,13 @@ def linear_topk_fwd_kernel(
     start, M, N, K, step,
     stride_scores,
     LAST: tl.constexpr, CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
-    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Equation (2). One program per user; the last chunk writes the list, the others hand their keys on."""
     b = tl.program_id(0)
     run = list_of_user(
         b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, step, stride_scores,
-        CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, GROUPS, TILE, CAPACITY,
+        CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM,
     )  # fmt: skip
     if LAST:
         store_list(ids_ptr + b.to(tl.int64) * K, best_ptr + b.to(tl.int64) * K, run, K, K_LOG)
@@ -201,7 +201,7 @@ def threshold(u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | No
 
 def launch(block: Pending, ids: Tensor | None, best: Tensor | None, k: int) -> None:
     """Selects from one chunk, into the carried keys or, where they are given, the lists."""
-    out = (block.run, block.scores) if ids is None else (ids, best)
+    out = (block.run, block.scores) if ids is None or best is None else (ids, best)
     linear_topk_fwd_kernel[(len(block.scores),)](
         *out, *block.arguments(), *block.sizes(k), LAST=ids is not None, **block.flags(k), num_warps=4
     )  # fmt: skip
@@ -223,4 +223,3 @@ def linear_topk(
     if ids.numel():
         launch(pending(rows_first(u), weight, bias, k, exclude, state or LoopState()), ids, best, k)
     return ids, best
-

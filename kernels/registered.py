@@ -1,7 +1,8 @@
 """The kernels as PyTorch operators, `torch.ops.cfsfl_fast.*`: `torch.compile` calls them without looking inside.
 
-Import this module before compiling a model; eager calls go to the launchers themselves and pay nothing. Each operator has a fake
-kernel (shapes and dtypes of its results). Gradients are the border's business (`ops`), which calls forward and backward by name.
+Import this module before compiling a model; eager calls go to the launchers themselves and pay nothing. Each operator
+has a fake kernel (shapes and dtypes of its results). Gradients are the border's business (`ops`), which calls forward
+and backward by name.
 
 Optional CSR rows are two optional tensors here, and a loop's state, which an operator cannot take, is left out.
 """

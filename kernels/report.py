@@ -1,7 +1,11 @@
 """What the kernels cost, read off their machine code: `python -m cfsfl_fast.kernels.report`. Needs no GPU.
 
-Every case runs a launcher on tensors without storage, records what it would launch (dtypes, alignments, constexprs, warps), and
-compiles exactly that ahead of time for a GPU that need not exist. The disassembler and the resource reader come with Triton.
+The column instructions/elements has one entry per loop that reads whole vectors: the instructions of one turn in the
+machine code (branches that are seldom taken included, inner loops not) and the elements that a thread gets in it.
+
+Every case runs a launcher on tensors without storage, records what it would launch (dtypes, alignments, constexprs,
+warps), and compiles exactly that ahead of time for a GPU that need not exist. The disassembler and the resource reader
+come with Triton.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 B, H, D, V, F, K = 500, 600, 64, 128, 128, 50
 
 
+OPTIONS: tuple[str, ...] = ("num_warps", "num_stages", "maxnreg")
+
+
 class Launch(NamedTuple):
     """One recorded launch: the kernel, its arguments by name, the compiler's options."""
 
@@ -48,7 +55,10 @@ class Launch(NamedTuple):
 @contextmanager
 def fixed(cc: int) -> Iterator[None]:
     """Launchers believe that every device has this compute capability."""
-    with mock.patch.object(tile, "capability", lambda device: cc), mock.patch.object(filters, "capability", lambda device: cc):
+    with (
+        mock.patch.object(tile, "capability", return_value=cc),
+        mock.patch.object(filters, "capability", return_value=cc),
+    ):
         yield
 
 
@@ -57,7 +67,7 @@ def record(call: Callable[[], object], cc: int) -> list[Launch]:
     found = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
+        options: dict[str, int] = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         found.append(Launch(self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, options))
 
     with mock.patch.object(JITFunction, "run", run), fixed(cc):
@@ -83,6 +93,25 @@ class Resources:
         by_shared = 227 * 1024 // (self.shared + 1024)
         return min(by_registers, by_shared, 64 // self.warps, 32)
 
+    @property
+    def streams(self) -> list[tuple[int, int]]:
+        """(instructions, loads of 128 bits) of each loop that reads whole vectors, less the loops inside it."""
+        lines = [line.strip() for line in self.sass.splitlines()]
+        labels = {line[:-1]: n for n, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+        ends: dict[int, int] = {}
+        for n, line in enumerate(lines):
+            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if target and labels.get(target[1], n) < n:
+                ends[labels[target[1]]] = n
+        found = []
+        for first, last in sorted(ends.items()):
+            inner = {m for start, stop in ends.items() if first < start and stop < last for m in range(start, stop + 1)}
+            own = [lines[n] for n in range(first, last + 1) if n not in inner and re.match(r"(/\*|@|[A-Z])", lines[n])]
+            vectors = sum(bool(re.search(r"\bLDG\.E(\.\w+)*\.128\b", line)) for line in own)
+            if vectors:
+                found.append((len(own), vectors))
+        return found
+
     def loads(self, width: str) -> int:
         """Loads from global memory of a width: "128", "64"."""
         return len(re.findall(rf"\bLDG\.E(?:\.\w+)*?\.{width}\b", self.sass))
@@ -103,7 +132,9 @@ def source_of(launch: Launch) -> ASTSource:
             signature[parameter.name] = "*" + _TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i64" if abs(value) >= 1 << 31 else "i32"
+            signature[parameter.name] = (
+                "fp32" if isinstance(value, float) else "i64" if abs(value) >= 1 << 31 else "i32"
+            )
             aligned = isinstance(value, int) and value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -191,15 +222,18 @@ class Row(NamedTuple):
         """For json."""
         r = self.resources
         return {
-            "op": self.op, "kernel": self.kernel, "filtered": self.filtered, "shape": self.shape, "dtype": self.dtype, "target": self.cc,
+            "op": self.op, "kernel": self.kernel, "filtered": self.filtered,
+            "shape": self.shape, "dtype": self.dtype, "target": self.cc,
             "registers": r.registers, "spills": r.spills, "shared": r.shared, "programs": r.programs,
             "vectors": r.loads("128") + r.instructions["LDGSTS"], "instructions": r.instructions,
         }  # fmt: skip
 
 
-def rows(shapes: list[str], dtypes: list[str], targets: list[int], ops: list[str] | None = None, k: int = K) -> Iterator[Row]:
+def rows(
+    shapes: list[str], dtypes: list[str], targets: list[int], ops: list[str] | None = None, k: int = K
+) -> Iterator[Row]:
     """Compiles every kernel that the named launchers launch; one row per distinct specialisation."""
-    jobs = {}
+    jobs: dict[tuple[object, ...], tuple[str, Launch, str, str, int]] = {}
     for shape in shapes:
         for dtype in dtypes:
             for op, call in cases(SHAPES[shape], DTYPES[dtype], k).items():
@@ -208,10 +242,24 @@ def rows(shapes: list[str], dtypes: list[str], targets: list[int], ops: list[str
                 for cc in targets:
                     for launch in record(call, cc):
                         source = source_of(launch)
-                        key = (launch.kernel.fn.__name__, cc, str(source.signature), str(source.constants), str(source.attrs))
+                        key = (
+                            launch.kernel.fn.__name__,
+                            cc,
+                            str(source.signature),
+                            str(source.constants),
+                            str(source.attrs),
+                        )
                         jobs.setdefault(key, (op, launch, shape, dtype, cc))
     for op, launch, shape, dtype, cc in jobs.values():
-        yield Row(op, launch.kernel.fn.__name__, shape, dtype, cc, bool(launch.arguments.get("FILTERED")), compiled(launch, cc))
+        yield Row(
+            op,
+            launch.kernel.fn.__name__,
+            shape,
+            dtype,
+            cc,
+            bool(launch.arguments.get("FILTERED")),
+            compiled(launch, cc),
+        )
 
 
 WATCH = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG", "STG", "ATOMG", "SHFL", "BAR")
@@ -232,14 +280,22 @@ def main() -> None:
         print(json.dumps([row.plain() for row in found]))
         return
     print(f"triton {triton.__version__}; B = {B}, H = {H}, D = {D}, V = {V}, K = {asked.k}")
-    print(f"{'kernel':28} {'shape':7} {'dtype':5} sm  regs spills shared warps programs/SM LDG.128 instructions")
+    print(
+        f"{'kernel':34} {'shape':7} dtype  sm  regs spills  shared warps programs/SM wide loads instructions/elements"
+    )
     for row in found:
         r = row.resources
         watched = " ".join(f"{name}:{r.instructions[name]}" for name in WATCH if r.instructions[name])
+        streams = ", ".join(f"{count}/{vectors * 16 // size(row.dtype)}" for count, vectors in r.streams) or "-"
         print(
-            f"{row.kernel:28} {row.shape:7} {row.dtype:5} {row.cc:3} {r.registers:4} {r.spills:6} {r.shared:6} {r.warps:5}"
-            f" {r.programs:11} {r.loads('128'):7} {sum(r.instructions.values()):5}  {watched}"
-        )  # fmt: skip
+            f"{row.kernel + ' (filtered)' * row.filtered:34} {row.shape:7} {row.dtype:5} {row.cc:3} {r.registers:5}"
+            f" {r.spills:6} {r.shared:7} {r.warps:5} {r.programs:11} {r.loads('128'):8} {streams:>20}  {watched}"
+        )
+
+
+def size(dtype: str) -> int:
+    """Bytes of an element."""
+    return DTYPES[dtype].itemsize
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     out_b = sum_{e in row b} weights_e table[items_e]                                                  (1)
     dtable_j = sum_{e : items_e = j} weights_e dout[row of e]                                          (2)
 
-(2) sorts the entries by item (stable) and sums segments. A hot item's segment is longer than a program should walk: every aligned
-SPLIT entries that belong to one item are summed first, each by a program of its own, and the segment's program adds those sums.
-Order is fixed by the sort: no atomics, the same bits on every run.
+(2) sorts the entries by item (stable) and sums segments. A hot item's segment is longer than a program should walk:
+every aligned SPLIT entries that belong to one item are summed first, each by a program of its own, and the segment's
+program adds those sums. Order is fixed by the sort: no atomics, the same bits on every run.
 
 Shapes    table [M, D], items [E] int64, offsets [B + 1] int64, weights [E] or none; out [B, D], dtable [M, D].
           Entries past offsets[-1] belong to no row.
-Traffic   forward E D itemsize bytes for 2 E D flops: bandwidth-bound. Backward the same, plus M D written and a sort of E.
+Traffic   forward E D itemsize bytes for 2 E D flops: bandwidth-bound. Backward the same, plus M D written and a sort of
+          E.
 Numerics  Sums in float32 for every table dtype.
 """
 
@@ -52,7 +53,8 @@ def add_entries(
     total, first, last, rows_ptr, weights_ptr, source_ptr, stride, d, D, n_rows,
     HAS_WEIGHTS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """total [BLOCK_E, BLOCK_D] with weights_e source[rows_e] of first <= e < last in its rows; rows from n_rows on are left out.
+    """total [BLOCK_E, BLOCK_D] with weights_e source[rows_e] of first <= e < last in its rows; rows from n_rows on are
+    left out.
 
     The rows of `total` are summed once, after every loop: they live in different warps.
     """

@@ -1,10 +1,11 @@
 """Where scores come from before a kernel reads them: the library's product, a chunk of items at a time.
 
-    s[:, start : stop] = u weight[start : stop]^T + bias[start : stop]            [B, width] in a buffer that is used again
+    s[:, start : stop] = u weight[start : stop]^T + bias[start : stop]        [B, width], in a buffer that is used again
 
-Traffic   A chunk is chosen to stay in the second-level cache between the product and the kernel that reads it. Rows start at
-          multiples of ALIGN elements. Where the catalogue is no multiple of ALIGN, one loop's state keeps the last chunk's
-          weights padded (bias -inf), so that every product has the library's fast shape and its bias epilogue.
+Traffic   A chunk is chosen to stay in the second-level cache between the product and the kernel that reads it. Rows
+          start at multiples of ALIGN elements. Where the catalogue is no multiple of ALIGN, one loop's state keeps the
+          last chunk's weights padded (bias -inf), so that every product has the library's fast shape and its bias
+          epilogue.
 Numerics  As torch.addmm in the dtype of u: `torch.set_float32_matmul_precision` decides between float32 and tf32.
 """
 

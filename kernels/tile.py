@@ -8,13 +8,14 @@ with `ordered` the monotone map of float32 to int32 that sends -0 to 0. EMPTY is
 
 Selection of a row of N scores, in one program:
 
-    peak_g = max_{n = g mod GROUPS} s_n                   GROUPS independent maxima                        (2)
-    tau    = the K-th largest peak                        K items reach tau, so the list does             (3)
-    append key(s_n, n) where s_n >= tau                   K to 1.2 K survivors, in a buffer of CAPACITY   (4)
-    run    = K largest of the buffer                      bitonic network over CHUNK keys at a time       (5)
+    peak_g = max_{n = g mod LANES} s_n                    LANES independent maxima                         (2)
+    tau    = the K-th largest peak                        K items reach tau, so the list does              (3)
+    note n where s_n >= tau                               1.02 to 1.2 K of them, each lane its own         (4)
+    run    = K largest of their keys                      bitonic network over CHUNK keys at a time        (5)
 
-A buffer that fills up (ties, adversarial orders) is folded into `run`, and tau rises to just above the K-th key: ids ascend, so a
-later tie loses. Exact for every input. NaN fails every comparison; tau is at least the smallest finite float, so -inf fails too.
+Where a lane is asked to note more than it has places for (ties, adversarial orders), (4) appends keys to a buffer,
+which is folded into `run` whenever it is full; tau then rises to just above the K-th key: ids ascend, so a later tie
+loses. Exact for every input. NaN fails every comparison; tau is at least the smallest finite float, so -inf fails too.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def item_of(key):
     return tl.where(key == EMPTY, -1, 0x7FFFFFFF - (key & 0x7FFFFFFF))
 
 
-# Sorting network. An element's partner along one bit of the index is the sum over an axis of 2 less itself (int64 wraps):
-# one shuffle on a GPU, one vector operation in the interpreter.
+# Sorting network. An element's partner along one bit of the index is the sum over an axis of 2 less itself (int64
+# wraps): one shuffle on a GPU, one vector operation in the interpreter.
 
 
 @triton.jit
@@ -155,23 +156,102 @@ def select_row(
     run,                                     # [2^K_LOG] ascending keys so far
     row_ptr, buffer_ptr,                     # [N] scores, [CAPACITY] int64
     start, N, K,
-    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """(2) to (5) over the items start .. start + N - 1, N a multiple of 16; ids ascend from call to call."""
-    ROWS: tl.constexpr = TILE // GROUPS
-    g = tl.arange(0, ROWS)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]  # [ROWS, GROUPS]
-    peak = tl.full((GROUPS,), float("-inf"), tl.float32)
-    for n0 in range(0, N, TILE):
-        s = tl.load(row_ptr + n0 + g, mask=n0 + g < N, other=float("-inf")).to(tl.float32)
-        peak = tl.maximum(peak, tl.max(s, 0))
+    """(2) to (5) over the items start .. start + N - 1, N a multiple of 16; ids ascend from call to call.
+
+    Four vectors of LANES scores are in flight at a time. A lane is a group of (2), and keeps its own few places of (4).
+    """
+    lane = tl.arange(0, LANES)
+    peak = tl.full((LANES,), float("-inf"), tl.float32)
+    for n0 in range(0, N, 4 * LANES):
+        s0 = scores_at(row_ptr, n0 + lane, N)
+        s1 = scores_at(row_ptr, n0 + LANES + lane, N)
+        s2 = scores_at(row_ptr, n0 + 2 * LANES + lane, N)
+        s3 = scores_at(row_ptr, n0 + 3 * LANES + lane, N)
+        peak = tl.maximum(peak, tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)))
     tau = bar_above(worst_of(run, K, K_LOG), LOWEST)
     # A full list may hold +inf: then tau is NaN and nothing enters.
     tau = tl.where(tau == tau, tl.maximum(tau, kth_peak(peak, K)), tau)
 
+    # The buffer's second half holds places, DEPTH per lane; its first half will hold keys.
+    DEPTH: tl.constexpr = CAPACITY // LANES
+    places_ptr = (buffer_ptr + CAPACITY // 2).to(tl.pointer_type(tl.int32), bitcast=True)
+    count = tl.zeros((LANES,), tl.int32)
+    for n0 in range(0, N, 4 * LANES):
+        s0 = scores_at(row_ptr, n0 + lane, N)
+        s1 = scores_at(row_ptr, n0 + LANES + lane, N)
+        s2 = scores_at(row_ptr, n0 + 2 * LANES + lane, N)
+        s3 = scores_at(row_ptr, n0 + 3 * LANES + lane, N)
+        count = note_places(places_ptr, count, s0, tau, n0, LANES, DEPTH, ASM)
+        count = note_places(places_ptr, count, s1, tau, n0 + LANES, LANES, DEPTH, ASM)
+        count = note_places(places_ptr, count, s2, tau, n0 + 2 * LANES, LANES, DEPTH, ASM)
+        count = note_places(places_ptr, count, s3, tau, n0 + 3 * LANES, LANES, DEPTH, ASM)
+    tl.debug_barrier()
+    found = tl.sum(count, 0)
+    deepest = tl.max(count, 0)
+    if (deepest > DEPTH) | (found > CAPACITY // 2):
+        run = select_crowded_row(run, row_ptr, buffer_ptr, tau, start, N, K, K_LOG, CHUNK_LOG, LANES, CAPACITY // 2)
+    else:
+        first = 0
+        for depth in range(0, deepest):
+            here = (count > depth).to(tl.int32)
+            n = tl.load(places_ptr + depth * LANES + lane, mask=here != 0, other=0) + lane
+            s = tl.load(row_ptr + n, mask=here != 0, other=0.0).to(tl.float32)
+            tl.store(buffer_ptr + first + tl.cumsum(here, 0) - 1, pack(s, start + n), mask=here != 0)
+            first += tl.sum(here, 0)
+        run = fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
+    return run
+
+
+@triton.jit
+def scores_at(row_ptr, n, N):
+    """Scores of the places n, -inf past the end. float32"""
+    return tl.load(row_ptr + n, mask=n < N, other=float("-inf")).to(tl.float32)
+
+
+NOTE = tl.constexpr("""{
+    .reg .pred hit, room;
+    .reg .b64 at;
+    setp.ge.f32 hit, $1, $2;
+    setp.lt.and.s32 room, $3, $6, hit;
+    mad.wide.s32 at, $3, $7, $4;
+    @room st.global.b32 [at], $5;
+    mov.b32 $0, $3;
+    @hit add.s32 $0, $3, 1;
+}""")
+"""One score of `note_places`: a plain store would first move the scores to threads that suit its addresses."""
+
+
+@triton.jit
+def note_places(places_ptr, count, s, tau, n0, LANES: tl.constexpr, DEPTH: tl.constexpr, ASM: tl.constexpr):
+    """Writes n0 into the lane of each score that reaches tau, and counts it. [LANES]"""
+    at = places_ptr + tl.arange(0, LANES)
+    if ASM:
+        full = [tl.full((LANES,), DEPTH, tl.int32), tl.full((LANES,), 4 * LANES, tl.int32)]
+        n = tl.zeros((LANES,), tl.int32) + n0
+        line = tl.zeros((LANES,), tl.float32) + tau
+        count = tl.inline_asm_elementwise(
+            NOTE, "=r,f,f,r,l,r,r,r", [s, line, count, at.to(tl.uint64), n, full[0], full[1]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        hit = s >= tau
+        tl.store(at + count * LANES, n0, mask=hit & (count < DEPTH))
+        count += hit.to(tl.int32)
+    return count
+
+
+@triton.jit
+def select_crowded_row(
+    run, row_ptr, buffer_ptr, tau, start, N, K,
+    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """(4) and (5) where more reach tau than lanes have places for: ties and adversarial orders."""
     found = 0
     for n0 in range(0, N, TILE):
         n = n0 + tl.arange(0, TILE)
-        s = tl.load(row_ptr + n, mask=n < N, other=float("-inf")).to(tl.float32)
+        s = scores_at(row_ptr, n, N)
         hit = (s >= tau).to(tl.int32)
         hits = tl.sum(hit, 0)
         if found + hits > CAPACITY:
@@ -181,8 +261,7 @@ def select_row(
             hit = (s >= tau).to(tl.int32)
             hits = tl.sum(hit, 0)
         if hits > 0:
-            slot = found + tl.cumsum(hit, 0) - 1
-            tl.store(buffer_ptr + slot, pack(s, start + n), mask=hit != 0)
+            tl.store(buffer_ptr + found + tl.cumsum(hit, 0) - 1, pack(s, start + n), mask=hit != 0)
             found += hits
     return fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
 
@@ -265,20 +344,25 @@ def row_tile(table_ptr, rows, stride, d, mask):
 # Launchers' helpers
 
 
-def selection(k: int) -> dict[str, int]:
+def selection(k: int) -> dict[str, Any]:
     """The constexprs of `select_row` for lists of k."""
     k_log = max(4, (k - 1).bit_length())
     return {
         "K_LOG": k_log,
         "CHUNK_LOG": max(7, k_log + 1),
-        "GROUPS": max(256, 4 << k_log),
-        "TILE": 1024,
+        "LANES": 1024,
         "CAPACITY": CAPACITY,
+        "ASM": not interpreted(),
     }
 
 
 CAPACITY = 4096
-"""Survivors that a row's buffer holds; at least one tile."""
+"""Keys that a row's buffer holds; half of it at least LANES."""
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: it has no inline assembly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -301,8 +385,8 @@ def dot_precision(dtype: torch.dtype) -> str:
 def vector(*sizes: int) -> int:
     """The largest power of two up to 8 that divides every size and stride.
 
-    Triton tells by itself only what 16 divides. A kernel that is told VEC says `D = D // VEC * VEC`, which changes nothing and lets
-    the compiler see whole vectors: rows of 600 are read 16 bytes at a time.
+    Triton tells by itself only what 16 divides. A kernel that is told VEC says `D = D // VEC * VEC`, which changes
+    nothing and lets the compiler see whole vectors: rows of 600 are read 16 bytes at a time.
     """
     return math.gcd(8, *sizes)
 

@@ -1,7 +1,7 @@
 """Triton's interpreter, made quick enough for a test run; import it before anything imports Triton.
 
-Every call of a jitted function patches all of `triton.language` and walks its members to find what to patch. They never change, so
-one walk is enough: ten times faster on kernels of many small functions.
+Every call of a jitted function patches all of `triton.language` and walks its members to find what to patch. They never
+change, so one walk is enough: ten times faster on kernels of many small functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 
 def remember_builtins() -> None:
-    """Looks the members of `triton.language` up once, where this version's interpreter is known to look them up each time."""
+    """Looks the members of `triton.language` up once, where this version's interpreter is known to look them up each
+    time."""
     from triton.runtime import interpreter
 
     names: dict[Any, list[str]] = {}

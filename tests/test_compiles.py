@@ -1,4 +1,5 @@
-"""The kernels as machine code at production sizes, without a GPU: no spills, room for enough programs, wide loads, tensor cores.
+"""The kernels as machine code at production sizes, without a GPU: no spills, room for enough programs, wide loads,
+tensor cores.
 
 CFSFL_ALL_TARGETS=1 compiles the full product of sizes, dtypes and architectures instead of the covering choice below.
 """
@@ -91,7 +92,8 @@ def test_loads_are_wide(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(("target", "instruction"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
 def test_products_run_on_tensor_cores(rows: list[dict[str, Any]], target: int, instruction: str) -> None:
-    """The filter's product on each architecture's own instruction; the small layers, 16 users high, on the common one."""
+    """The filter's product on each architecture's own instruction; the small layers, 16 users high, on the common
+    one."""
     filters = [row for row in rows if row["kernel"] == "linear_filter_fwd_kernel" and row["target"] == target]
     assert all(row["instructions"].get(instruction) for row in filters)
     steps = [row for row in rows if row["kernel"] == "feedback_step_fwd_kernel" and row["target"] == target]
@@ -109,7 +111,7 @@ def test_a_fault_is_seen(tmp_path: Path) -> None:
         "import importlib\n"
         "topk = importlib.import_module('cfsfl_fast.kernels.linear_topk')\n"
         "real = topk.selection\n"
-        "wide = lambda k: {**real(k), 'TILE': 1 << 15, 'CAPACITY': 1 << 15}\n"
+        "wide = lambda k: {**real(k), 'LANES': 1 << 14, 'CAPACITY': 1 << 16}\n"
         "with mock.patch.object(topk, 'selection', wide):\n"
         "    row, = report.rows(['ml-20m'], ['bf16'], [90], ['linear_topk'])\n"
         "assert row.resources.spills > 0\n"

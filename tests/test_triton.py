@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, in a process of its own: `triton_cases` says what is checked."""
+"""The Triton kernels in Triton's interpreter, in a process of its own: `triton_cases` and `triton_faults`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_cases.py")
+HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", str(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=CASES.parent.parent, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
+         "tests/triton_cases.py", "tests/triton_faults.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 if torch.cuda.is_available():
     from .triton_cases import *  # noqa: F403
     from .triton_cases import kernels, reference
+    from .triton_faults import *  # noqa: F403
 
 DEVICE = "cuda"
 
@@ -71,7 +72,6 @@ def test_a_captured_graph_replays_what_ran() -> None:
 def test_under_the_sanitizer(tool: str) -> None:
     wanted = "test_step_at_the_papers_widths or test_row_bag_gradient or test_nll_by_chunks"
     subprocess.run(
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu",
-         __file__, "-k", wanted],
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-k", wanted, __file__],
         check=True,
     )  # fmt: skip

@@ -1,17 +1,16 @@
 """What the Triton kernels compute, against the float64 specification; run by `test_triton` and `test_triton_gpu`.
 
-In the interpreter (TRITON_INTERPRET=1) tensors live on the CPU and bf16 `tl.dot` is wrong, so bf16 is only used where kernels do no
-arithmetic in it. Integer-valued data make scores exact in every dtype and full of ties: lists must then agree exactly.
+In the interpreter (TRITON_INTERPRET=1) tensors live on the CPU and bf16 `tl.dot` is wrong, so bf16 is only used where
+kernels do no arithmetic in it. Integer-valued data make scores exact in every dtype and full of ties: lists must then
+agree exactly.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from . import interpreter  # noqa: F401
 
-from cfsfl_fast import kernels, ops, reference
+from cfsfl_fast import kernels, ops, reference  # noqa: E402  (the interpreter is chosen before Triton is imported)
 
 # The package's functions have their files' names.
 step_file, linear_filter, linear_nll, linear_topk, row_bag, tile = (
@@ -67,7 +66,8 @@ def double(x: Any) -> Any:
 
 
 def close(got: Tensor, truth: Tensor, plain: Tensor) -> None:
-    """No further from the float64 truth than twice plain PyTorch in the same dtype, plus a few roundings of the output."""
+    """No further from the float64 truth than twice plain PyTorch in the same dtype, plus a few roundings of the
+    output."""
     assert got.shape == truth.shape
     finite = truth.isfinite()
     assert torch.equal(got.double()[~finite].nan_to_num(7), truth[~finite].nan_to_num(7))
@@ -121,7 +121,9 @@ def exact_topk(B: int, M: int, k: int, dtype: torch.dtype, excluding: bool, call
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("B", "M", "k"), [(3, 1, 1), (4, 63, 7), (3, 300, 1), (3, 4111, 50), (2, 3001, 256), (2, 40, 40)])
+@pytest.mark.parametrize(
+    ("B", "M", "k"), [(3, 1, 1), (4, 63, 7), (3, 300, 1), (3, 4111, 50), (2, 3001, 256), (2, 40, 40)]
+)
 def test_topk_is_exact(B: int, M: int, k: int, dtype: torch.dtype) -> None:
     exact_topk(B, M, k, dtype, excluding=M != 300)
 
@@ -192,7 +194,7 @@ def test_topk_overflows_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     bias = (torch.arange(M) // 3 * 1.0).to(DEVICE)
     bias[torch.arange(M) % 256 > 3] = -1
     zero = torch.zeros(1, 1, device=DEVICE)
-    monkeypatch.setattr(tile, "CAPACITY", 1024)
+    monkeypatch.setattr(tile, "CAPACITY", 2048)
     ids, _ = kernels.linear_topk(zero, torch.zeros(M, 1, device=DEVICE), bias, 200)
     assert torch.equal(ids, reference.top(bias[None], 200)[0])
 
@@ -412,7 +414,10 @@ def test_gradients_through_ops(action: str) -> None:
         *leaves, reward, feedback, bag = flat
         leaves = [t.detach().clone().requires_grad_() for t in leaves]
         reward, feedback = ([(a.detach().clone().requires_grad_(), b) for a, b in net] for net in (reward, feedback))
-        with torch.enable_grad(), ops.use_backend("reference" if leaves[0].dtype == torch.float64 or plain else "triton"):
+        with (
+            torch.enable_grad(),
+            ops.use_backend("reference" if leaves[0].dtype == torch.float64 or plain else "triton"),
+        ):
             u, weight, bias, hx, lookup = leaves
             output, table = ops.Table(weight, bias), ops.Table(lookup)
             got = ops.feedback_step(u, output, hx, table, reward, feedback, 8, action, exclude, None)
@@ -467,103 +472,3 @@ def test_operators_are_opaque_to_the_compiler() -> None:
     got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*arguments)
     for g, e in zip(got, twice(*arguments), strict=True):
         assert torch.equal(g, e)
-
-
-# Planted faults: each launcher with one argument wrong must fail its check
-
-
-@contextlib.contextmanager
-def fault(kernel: Any, **wrong: Callable[[Any], Any]) -> Iterator[None]:
-    """Launches a kernel with some arguments changed."""
-    real = kernel.run
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(kernel.arg_names, args, strict=False))
-        kwargs = {**kwargs, **named}
-        return real(**{**kwargs, **{name: change(kwargs[name]) for name, change in wrong.items()}})
-
-    with mock.patch.object(kernel, "run", run):
-        yield
-
-
-def step_check() -> None:
-    inputs = step_inputs(17, 90, 4, 12, 20, 9)
-    compare(our_step, reference.feedback_step, *inputs, 6, "topk_softmax", csr(17, 90, 9))
-
-
-FAULTS: dict[str, tuple[Any, dict[str, Any], Callable[[], None]]] = {
-    "topk: id off by one": (
-        linear_topk.linear_topk_fwd_kernel, {"start": lambda v: v + 1}, lambda: exact_topk(2, 300, 5, torch.float32, False)
-    ),
-    "topk: missing tail": (
-        linear_topk.linear_topk_fwd_kernel, {"N": lambda v: v - 64}, lambda: exact_topk(4, 150, 40, torch.float32, False)
-    ),
-    "topk: stale list": (
-        linear_topk.linear_topk_fwd_kernel, {"CARRIED": lambda v: True}, lambda: exact_topk(2, 40, 30, torch.float32, False)
-    ),
-    "topk: excluded items enter": (
-        linear_topk.linear_topk_fwd_kernel, {"HAS_EXCLUDE": lambda v: False}, lambda: exact_topk(4, 40, 30, torch.float32, True)
-    ),
-    "step: dirty counter": (step_file.feedback_step_fwd_kernel, {"ticket_ptr": lambda v: v + 1}, step_check),
-    "step: last group short": (step_file.feedback_step_fwd_kernel, {"B": lambda v: v - 1}, step_check),
-    "step: wrong width": (step_file.feedback_step_fwd_kernel, {"R1": lambda v: v - 1}, step_check),
-    "step: wrong weights": (step_file.feedback_step_fwd_kernel, {"UNIFORM": lambda v: not v}, step_check),
-    "bag: wrong mask": (row_bag.row_bag_fwd_kernel, {"D": lambda v: v - 1}, lambda: test_row_bag(9, True, torch.float32)),
-    "bag: no weights": (
-        row_bag.row_bag_fwd_kernel, {"HAS_WEIGHTS": lambda v: False}, lambda: test_row_bag(9, True, torch.float32)
-    ),
-    "bag gradient: a split missing": (
-        row_bag.row_bag_split_bwd_kernel, {"partial_ptr": torch.clone}, lambda: test_row_bag_gradient_of_a_hot_item(3)
-    ),
-    "bag gradient: last row missing": (row_bag.row_bag_bwd_kernel, {"B": lambda v: v - 1}, test_row_bag_gradient),
-    "nll: tail missing": (
-        linear_nll.linear_nll_fwd_kernel, {"N": lambda v: v - 64}, lambda: nll(3, 301, torch.float32, False)
-    ),
-    "nll: chunks forgotten": (linear_nll.linear_nll_fwd_kernel, {"FIRST": lambda v: True}, test_nll_by_chunks),
-    "nll gradient: targets shifted": (
-        linear_nll.linear_nll_bwd_kernel, {"start": lambda v: v + 1}, lambda: nll(3, 301, torch.float32, False)
-    ),
-    "fuse: wrong row": (
-        step_file.fuse_fwd_kernel, {"stride_lookup": lambda v: v - 1}, lambda: test_fuse("hard")
-    ),
-    "dot: columns missing": (step_file.row_dot_fwd_kernel, {"D": lambda v: v - 1}, test_row_dot),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(name: str, request: pytest.FixtureRequest) -> None:
-    kernel, wrong, check = FAULTS[name]
-    if "chunks" in name:
-        request.getfixturevalue("chunked")
-    check()
-    with fault(kernel, **wrong), pytest.raises((AssertionError, IndexError)):
-        check()
-
-
-FILTER_FAULTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "last tile missing": (linear_filter.linear_filter_fwd_kernel, {"M": lambda v: v - 44}),
-    "certificate ignored": (linear_filter.linear_filter_check_kernel, {"K": lambda v: -(1 << 20)}),
-    "excluded kept": (linear_filter.linear_filter_check_kernel, {"HAS_EXCLUDE": lambda v: False}),
-    "rescue off by one": (linear_filter.linear_filter_rescue_kernel, {"M": lambda v: v - 1}),
-}
-
-
-@pytest.mark.usefixtures("filtered")
-@pytest.mark.parametrize("name", FILTER_FAULTS)
-def test_a_planted_fault_of_the_filter_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tau = torch.tensor([2.0, 10.0], device=DEVICE)  # the first user has a certificate, the second none
-    monkeypatch.setattr(linear_topk, "threshold", lambda *_: tau)
-    M = 300
-    u, weight = torch.ones(2, 1, device=DEVICE), (torch.arange(M, device=DEVICE) % 9 - 5.0)[:, None]
-    weight[-3:] = 4
-    bias = torch.zeros(M, device=DEVICE)
-    exclude = torch.tensor([8, 26, 298, 8], device=DEVICE), torch.tensor([0, 3, 4], device=DEVICE)
-
-    def check() -> None:
-        ids, _ = kernels.linear_topk(u, weight, bias, 20, exclude)
-        assert torch.equal(ids, reference.linear_topk(u, weight, bias, 20, exclude)[0])
-
-    kernel, wrong = FILTER_FAULTS[name]
-    check()
-    with fault(kernel, **wrong), pytest.raises(AssertionError):
-        check()
