@@ -203,7 +203,8 @@ def launch(block: Pending, ids: Tensor | None, best: Tensor | None, k: int) -> N
     """Selects from one chunk, into the carried keys or, where they are given, the lists."""
     out = (block.run, block.scores) if ids is None or best is None else (ids, best)
     linear_topk_fwd_kernel[(len(block.scores),)](
-        *out, *block.arguments(), *block.sizes(k), LAST=ids is not None, **block.flags(k), num_warps=4
+        *out, *block.arguments(), *block.sizes(k), LAST=ids is not None, **block.flags(k), num_warps=4,
+        maxnreg=128,  # as in feedback_step
     )  # fmt: skip
 
 

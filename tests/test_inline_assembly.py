@@ -88,7 +88,7 @@ class Machine:
 
 
 def scores() -> np.ndarray:
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, np.finfo(np.float32).max, np.finfo(np.float32).min]
+    special = [-0.0, 0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, np.finfo(np.float32).max, np.finfo(np.float32).min]
     return np.concatenate([np.float32(special), np.random.default_rng(0).normal(size=200).astype(np.float32)])
 
 

@@ -71,7 +71,5 @@ def test_a_captured_graph_replays_what_ran() -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_under_the_sanitizer(tool: str) -> None:
     wanted = "test_step_at_the_papers_widths or test_row_bag_gradient or test_nll_by_chunks"
-    subprocess.run(
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-k", wanted, __file__],
-        check=True,
-    )  # fmt: skip
+    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    subprocess.run([*checker, sys.executable, "-m", "pytest", "-q", "-k", wanted, __file__], check=True)
