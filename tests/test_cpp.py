@@ -148,12 +148,20 @@ def hostile(name: str, p: Problem, g: torch.Generator) -> Problem:
         bias = torch.full((M,), 1.0)
         bias[torch.randperm(M, generator=g)[: M // 2]] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
         u *= 1e-4
+    elif name == "late ulp":  # the best come last, by the least that they can
+        weight[:] = 0
+        bias = torch.full((M,), 1.0)
+        bias[-3:] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     elif name == "denormal":
         weight *= 1e-39
         bias *= 1e-42
     elif name == "tiny and large":
         weight *= 1e-38
         u *= 1e37
+        bias *= 0
+    elif name == "small squares":  # || w ||^2 is flushed to zero, < u, w > is not
+        weight *= 1e-20
+        u *= 1e17
         bias *= 0
     elif name == "infinite bias":
         bias[::5], bias[1::5], bias[2::50] = float("-inf"), float("inf"), float("nan")
@@ -178,8 +186,8 @@ def hostile(name: str, p: Problem, g: torch.Generator) -> Problem:
 
 
 HOSTILE = [
-    "nothing", "equal", "duplicates", "huge", "huge users", "one ulp", "denormal", "tiny and large", "infinite bias",
-    "rare infinite bias", "not numbers", "zero", "one large norm", "large bias",
+    "nothing", "equal", "duplicates", "huge", "huge users", "one ulp", "late ulp", "denormal", "tiny and large",
+    "small squares", "infinite bias", "rare infinite bias", "not numbers", "zero", "one large norm", "large bias",
 ]  # fmt: skip
 
 
@@ -213,6 +221,50 @@ def test_shortcuts_change_no_bit(name: str, exclude: bool, flushed: bool) -> Non
             check_shortcuts(p, k, g, [0, 1e-5, 0, 1e-3, 0.01, 1e-4, 0.3, 0, 3.0, 1e-6])
     finally:
         _cpp.flush_denormals(old, torch.get_num_threads())
+
+
+def aligned(users: bool, g: torch.Generator) -> Problem:
+    """What 8-bit codes lose of u (or of w) lies along the other vector: the best five items look worthless.
+
+    One coordinate sets the step of the code, the others are just below half a step; the decoys are coded exactly.
+    """
+    M, H = 1500, 48
+    p = random_problem(30, M, H, exclude=False)
+    lossy, plain = torch.full((H,), 0.49), torch.ones(H)
+    lossy[0], plain[0] = 127.0, 0.0
+    u = (lossy if users else plain).repeat(30, 1)
+    weight = torch.zeros(M, H)
+    decoy = 1 + torch.rand(M, generator=g)
+    weight[:, 0 if users else 1] = decoy / 127 if users else decoy
+    best = torch.randperm(M, generator=g)[:5]
+    weight[best] = plain if users else lossy
+    return Problem(u, weight, torch.zeros(M), None, *list(vars(p).values())[4:])
+
+
+@pytest.mark.parametrize("users", [True, False])
+def test_codes_that_lose_what_counts(users: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    p = aligned(users, g)
+    same(cpp.linear_topk(p.u, p.weight, p.bias, 5), full(p, 5))
+    check_shortcuts(p, 5, g, [0, 1e-4, 0])
+
+
+def test_roundings_that_count() -> None:
+    """Scores that jump by a rounding of a cancelled sum: further than || u_t - u_(t-1) || ||w|| says."""
+    M, H = 3000, 48
+    p = random_problem(30, M, H, exclude=False)
+    u, weight = torch.zeros(30, H), torch.zeros(M, H)
+    # One lane adds 1e8, then v, then -1e8: v is rounded to a multiple of 8, and these lie beside the middle.
+    u[:, 0], u[:, 32], weight[:, 0], weight[:, 32], weight[:, 16] = 1e8, 1e8, 1, -1, 3.9999
+    weight[-5:, 16] = 8
+    bias, state = torch.zeros(M), cpp.loop_state()
+    for v in (1.0, 1.0001, 1.0, 1.0001):
+        u = u.clone()
+        u[:, 16] = v
+        q = Problem(u, weight, bias, None, *list(vars(p).values())[4:])
+        found = cpp.linear_topk(u, weight, bias, 5, None, state)
+        same(found, full(q, 5))
+        assert found[0][0, 0] == (M - 5 if v == 1 else 0)
 
 
 @settings(max_examples=60, deadline=None)
