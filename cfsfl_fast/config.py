@@ -59,7 +59,7 @@ class CFSFLConfig:
 
     mask_kept: bool = True
     kl: str = "per_user"
-    kl_gamma: float = 0.005
+    kl_gamma: float = 0.0025
     kl_cap: float = 0.2
     anneal_steps: int | str = "auto"
     reward_weight: float = 1.0

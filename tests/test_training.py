@@ -72,7 +72,7 @@ def test_supervised_loss_is_the_elbo(reading: str, mask_kept: bool, kl: str) -> 
     divergence = torch.distributions.kl_divergence(
         torch.distributions.Normal(mu, torch.exp(logvar / 2)), torch.distributions.Normal(0.0, 1.0)
     ).sum(1)
-    weight = 0.005 * 7 / 100 / 0.2 * dense(x).sum(1) if kl == "per_user" else 7 / 100
+    weight = 0.0025 * 7 / 100 / 0.2 * dense(x).sum(1) if kl == "per_user" else 7 / 100
     expected = (-(F.log_softmax(s, 1) * targets).sum(1) + weight * divergence).mean()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
