@@ -7,7 +7,7 @@ RESULTS ?= benches/results
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench asan kernel-report lint format clean
 
 demo: $(DONE)
 	$(BIN)/cfsfl demo --out demo
@@ -23,6 +23,13 @@ $(DONE): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
+
+asan: $(DONE)
+	PYTHON=$(BIN)/python bash csrc/asan.sh
+
+kernel-report: $(DONE)
+	$(BIN)/python -m pip install --quiet --editable ".[triton]"
+	$(BIN)/python -m cfsfl_fast.kernels.report
 
 lint: $(DONE)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
