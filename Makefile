@@ -25,7 +25,7 @@ $(DONE): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 asan: $(DONE)
-	PYTHON=$(BIN)/python bash csrc/asan.sh
+	PYTHON=$(abspath $(BIN))/python sh csrc/asan.sh
 
 kernel-report: $(DONE)
 	$(BIN)/python -m pip install --quiet --editable ".[triton]"
