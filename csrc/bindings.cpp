@@ -29,21 +29,6 @@ std::vector<Layer> layers(const LayerAddresses& from) {
     return all;
 }
 
-// Rows ascending, unique and in range: what every walk over them relies on.
-void check_rows(Address items_at, Address offsets_at, int64_t B, int64_t M) {
-    const int64_t *items = at<const int64_t>(items_at), *offsets = at<const int64_t>(offsets_at);
-    for (int64_t b = 0; b < B; ++b)
-        for (int64_t e = offsets[b]; e < offsets[b + 1]; ++e) {
-            if (items[e] < 0 || items[e] >= M)
-                throw std::invalid_argument("excluded items must lie in 0.." + std::to_string(M - 1) + "; got " +
-                                            std::to_string(items[e]) + " in row " + std::to_string(b));
-            if (e > offsets[b] && items[e] <= items[e - 1])
-                throw std::invalid_argument("excluded items must ascend without duplicates in a row; row " +
-                                            std::to_string(b) + " has " + std::to_string(items[e - 1]) + " before " +
-                                            std::to_string(items[e]));
-        }
-}
-
 Problem problem(Address u, Address weight, Address bias, int64_t B, int64_t M, int64_t H, Address exclude_items,
                 Address exclude_offsets, int threads) {
     if (M > INT32_MAX) throw std::invalid_argument("at most 2^31 - 1 items; got " + std::to_string(M));
@@ -79,7 +64,12 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("set_screening", &set_screening, py::arg("on"), "Allows or forbids it; returns the choice before.");
     m.def("flush_denormals", &flush_denormals, py::arg("on"), py::arg("threads"), release(),
           "Flush-to-zero in every thread of the pool; returns what it was.");
-    m.def("check_rows", &check_rows, release());
+    m.def(
+        "check_rows",
+        [](Address items, Address offsets, int64_t B, int64_t E, int64_t M, bool ascending, int threads) {
+            check_rows(at<const int64_t>(items), at<const int64_t>(offsets), B, E, M, ascending, threads);
+        },
+        release());
 
     py::class_<LoopState>(m, "LoopState", "What the steps of one loop remember.")
         .def(py::init<>())

@@ -1,5 +1,4 @@
-// Which kernels run: the best that the processor has, unless a test or the environment variable CFSFL_ISA says
-// otherwise.
+// Which kernels run: the best that the processor has, unless a test or CFSFL_ISA in the environment says otherwise.
 #pragma once
 
 #include <string>

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cfsfl_fast import reference
 from cfsfl_fast.testing import Problem, poisoned, random_problem, random_rows
 
 cpp = pytest.importorskip("cfsfl_fast.cpp", reason="the extension is not built")
@@ -192,7 +193,13 @@ HOSTILE = [
 
 
 def check_shortcuts(p: Problem, k: int, g: torch.Generator, moves: list[float]) -> dict[str, int]:
-    """Screened and stepwise lists against the full ones, bit for bit."""
+    """Screened and stepwise lists against the full ones, bit for bit, and those against a sort of every score."""
+    every = cpp.linear_nll(p.u, p.weight, p.bias, p.items, p.offsets, p.exclude, 0)[3]
+    assert every is not None
+    ids, scores = reference.top(every, k)
+    found = full(p, k)
+    assert torch.equal(found[0], ids)
+    assert torch.equal(found[1], scores)
     same(cpp.linear_topk(p.u, p.weight, p.bias, k, p.exclude), full(p, k))
     state = cpp.loop_state()
     u = p.u
