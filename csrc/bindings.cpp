@@ -31,6 +31,7 @@ std::vector<Layer> layers(const LayerAddresses& from) {
 
 Problem problem(Address u, Address weight, Address bias, int64_t B, int64_t M, int64_t H, Address exclude_items,
                 Address exclude_offsets, int threads) {
+    follow_caller(threads);
     if (M > INT32_MAX) throw std::invalid_argument("at most 2^31 - 1 items; got " + std::to_string(M));
     return {at<const float>(u),
             at<const float>(weight),
@@ -41,14 +42,6 @@ Problem problem(Address u, Address weight, Address bias, int64_t B, int64_t M, i
             exclude_offsets ? at<const int64_t>(exclude_items) : nullptr,
             at<const int64_t>(exclude_offsets),
             threads};
-}
-
-// Sets flush-to-zero in every thread of the pool; what the calling thread had before.
-bool flush_denormals(bool on, int threads) {
-    const bool old = flush_denormals_here(on);
-#pragma omp parallel num_threads(threads)
-    flush_denormals_here(on);
-    return old;
 }
 
 }  // namespace
@@ -62,7 +55,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("set_isa", &set_isa, py::arg("name"), "Forces one of them, or \"auto\"; returns the one before.");
     m.def("screening", &screening, "Whether integer screening is used.");
     m.def("set_screening", &set_screening, py::arg("on"), "Allows or forbids it; returns the choice before.");
-    m.def("flush_denormals", &flush_denormals, py::arg("on"), py::arg("threads"), release(),
+    m.def("flush_denormals", &flush_denormals_everywhere, py::arg("on"), py::arg("threads"), release(),
           "Flush-to-zero in every thread of the pool; returns what it was.");
     m.def(
         "check_rows",
@@ -115,6 +108,7 @@ PYBIND11_MODULE(_cpp, m) {
         "row_bag",
         [](Address out, Address table, Address items, Address offsets, Address weights, int64_t B, int64_t D, int64_t M,
            int threads) {
+            follow_caller(threads);
             row_bag(at<float>(out), at<const float>(table), at<const int64_t>(items), at<const int64_t>(offsets),
                     at<const float>(weights), B, D, M, threads);
         },
@@ -123,6 +117,7 @@ PYBIND11_MODULE(_cpp, m) {
         "row_bag_backward",
         [](Address dtable, Address dout, Address items, Address offsets, Address weights, int64_t B, int64_t D,
            int64_t M, int threads) {
+            follow_caller(threads);
             row_bag_backward(at<float>(dtable), at<const float>(dout), at<const int64_t>(items),
                              at<const int64_t>(offsets), at<const float>(weights), B, D, M, threads);
         },
@@ -130,6 +125,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def(
         "row_dot",
         [](Address out, Address x, Address table, Address ids, int64_t B, int64_t K, int64_t D, int threads) {
+            follow_caller(threads);
             row_dot(at<float>(out), at<const float>(x), at<const float>(table), at<const int64_t>(ids), B, K, D,
                     threads);
         },
@@ -138,6 +134,7 @@ PYBIND11_MODULE(_cpp, m) {
         "fuse",
         [](Address h, Address w, Address hx, Address lookup, Address ids, Address scores, bool soft, int64_t B,
            int64_t K, int64_t D, int threads) {
+            follow_caller(threads);
             fuse(at<float>(h), at<float>(w), at<const float>(hx), at<const float>(lookup), at<const int64_t>(ids),
                  at<const float>(scores), soft, B, K, D, threads);
         },
@@ -146,6 +143,7 @@ PYBIND11_MODULE(_cpp, m) {
         "respond",
         [](Address v, Address logit, Address h, const LayerAddresses& reward, const LayerAddresses& feedback, int64_t B,
            int64_t D, int threads) {
+            follow_caller(threads);
             respond(at<float>(v), at<float>(logit), at<const float>(h), layers(reward), layers(feedback), B, D,
                     threads);
         },

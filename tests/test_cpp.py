@@ -396,6 +396,24 @@ def test_flush_denormals_reaches_every_thread() -> None:
     assert (tiny * 0.5 != 0).all()
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+def test_pool_follows_its_caller(flushed: bool) -> None:
+    """torch.set_flush_denormal reaches one thread; the scores of denormal products must not show which."""
+    p = random_problem(50, 700, 24)
+    weight, bias = p.weight * 1e-40, p.bias * 1e-40
+    torch.set_num_threads(2)
+    before = _cpp.flush_denormals(not flushed, 2)
+    assert torch.set_flush_denormal(flushed)
+    try:
+        two = cpp.linear_topk(p.u, weight, bias, 30)
+        torch.set_num_threads(1)
+        same(cpp.linear_topk(p.u, weight, bias, 30), two)
+        assert bool(two[1].view(torch.int32).any()) is not flushed
+    finally:
+        torch.set_flush_denormal(False)
+        _cpp.flush_denormals(before, 2)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_pool() -> None:
     """The extension runs in torch's OpenMP library; a second one would fight it for the cores."""
