@@ -9,6 +9,8 @@ DONE   := $(VENV)/.installed
 
 .PHONY: demo test bench asan kernel-report lint format clean
 
+demo test: export OMP_WAIT_POLICY ?= passive  # threads wait without spinning: the machine may be busy
+
 demo: $(DONE)
 	$(BIN)/cfsfl demo --out demo
 

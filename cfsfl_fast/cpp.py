@@ -34,23 +34,25 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _rows(exclude: CSR | None, n_users: int, n_items: int) -> tuple[CSR | None, tuple[int, int]]:
+def _excluded(exclude: CSR | None, n_users: int, n_items: int) -> tuple[CSR | None, tuple[int, int]]:
     """The excluded rows, contiguous and checked, and their addresses."""
     if exclude is None:
         return None, (0, 0)
-    items, offsets = exclude[0].contiguous(), exclude[1].contiguous()
-    _check_offsets(items, offsets, n_users)
-    _cpp.check_rows(items.data_ptr(), offsets.data_ptr(), n_users, n_items)
+    items, offsets = _checked(*exclude, n_users, n_items, ascending=True)
     return (items, offsets), (items.data_ptr(), offsets.data_ptr())
 
 
-def _check_offsets(items: Tensor, offsets: Tensor, n_rows: int | None = None) -> None:
+def _checked(
+    items: Tensor, offsets: Tensor, n_rows: int | None, n_items: int, ascending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """CSR rows that are safe to walk: contiguous, in range, and ascending where asked."""
     if items.dtype != torch.int64 or offsets.dtype != torch.int64:
         raise ValueError(f"CSR rows must be int64; got items {items.dtype}, offsets {offsets.dtype}")
-    if n_rows is not None and len(offsets) != n_rows + 1:
-        raise ValueError(f"{n_rows} users need {n_rows + 1} offsets; got {len(offsets)}")
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must ascend from 0 to {len(items)}, the number of items")
+    if len(offsets) == 0 or (n_rows is not None and len(offsets) != n_rows + 1):
+        raise ValueError(f"{n_rows} users need {(n_rows or 0) + 1} offsets; got {len(offsets)}")
+    items, offsets = items.contiguous(), offsets.contiguous()
+    _cpp.check_rows(items.data_ptr(), offsets.data_ptr(), len(offsets) - 1, len(items), n_items, ascending, _threads())
+    return items, offsets
 
 
 def _check_scores(u: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -75,9 +77,8 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
     if not _covers(table, weights):
         return library.row_bag(table, items, offsets, weights)
-    table, items, offsets = table.contiguous(), items.contiguous(), offsets.contiguous()
-    weights = None if weights is None else weights.contiguous()
-    _check_offsets(items, offsets)
+    table, weights = table.contiguous(), None if weights is None else weights.contiguous()
+    items, offsets = _checked(items, offsets, None, len(table))
     B, (M, D) = len(offsets) - 1, table.shape
     out = table.new_empty(B, D)
     _cpp.row_bag(
@@ -90,9 +91,8 @@ def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tens
     """The gradient of `row_bag` for its table [M, D]; sums in entry order, the same bits on every run."""
     if not _covers(dout, weights):
         return library.row_bag_backward(dout, items, offsets, weights, n_items)
-    dout, items, offsets = dout.contiguous(), items.contiguous(), offsets.contiguous()
-    weights = None if weights is None else weights.contiguous()
-    _check_offsets(items, offsets, len(dout))
+    dout, weights = dout.contiguous(), None if weights is None else weights.contiguous()
+    items, offsets = _checked(items, offsets, len(dout), n_items)
     B, D = dout.shape
     dtable = dout.new_empty(n_items, D)
     _cpp.row_bag_backward(
@@ -132,7 +132,7 @@ def linear_topk(
     u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
     (B, H), M = u.shape, len(weight)
     k = min(k, M)
-    exclude, rows = _rows(exclude, B, M)
+    exclude, rows = _excluded(exclude, B, M)
     ids, scores = torch.empty(B, k, dtype=torch.int64), u.new_empty(B, k)
     _cpp.linear_topk(
         ids.data_ptr(), scores.data_ptr(), k, u.data_ptr(), weight.data_ptr(), bias.data_ptr(), B, M, H, *rows, state,
@@ -159,13 +159,10 @@ def linear_nll(
         return library.linear_nll(u, weight, bias, items, offsets, exclude, k)
     _check_scores(u, weight, bias)
     u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
-    items, offsets = items.contiguous(), offsets.contiguous()
     (B, H), M = u.shape, len(weight)
     k = min(k, M)
-    _check_offsets(items, offsets, B)
-    if len(items) and (items.min() < 0 or items.max() >= M):
-        raise ValueError(f"targets must lie in 0..{M - 1}; got {int(items.min())}..{int(items.max())}")
-    exclude, rows = _rows(exclude, B, M)
+    items, offsets = _checked(items, offsets, B, M)
+    exclude, rows = _excluded(exclude, B, M)
     nll, lse = u.new_empty(B), u.new_empty(B)
     ids, scores = torch.empty(B, k, dtype=torch.int64), u.new_empty(B, k)
     kept = library.scratch.take(B, M, u) if B * M <= KEEP_SCORES else None
@@ -191,9 +188,10 @@ def linear_nll_backward(
     if not _covers(u, weight, bias, dnll):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
-    items, offsets, dnll = items.contiguous(), offsets.contiguous(), dnll.contiguous()
     (B, H), M = u.shape, len(weight)
-    exclude, rows = _rows(exclude, B, M)
+    dnll = dnll.contiguous()
+    items, offsets = _checked(items, offsets, B, M)
+    exclude, rows = _excluded(exclude, B, M)
     du = torch.zeros_like(u)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     width = M if kept is not None else min(M, CHUNK)

@@ -29,23 +29,9 @@ std::vector<Layer> layers(const LayerAddresses& from) {
     return all;
 }
 
-// Rows ascending, unique and in range: what every walk over them relies on.
-void check_rows(Address items_at, Address offsets_at, int64_t B, int64_t M) {
-    const int64_t *items = at<const int64_t>(items_at), *offsets = at<const int64_t>(offsets_at);
-    for (int64_t b = 0; b < B; ++b)
-        for (int64_t e = offsets[b]; e < offsets[b + 1]; ++e) {
-            if (items[e] < 0 || items[e] >= M)
-                throw std::invalid_argument("excluded items must lie in 0.." + std::to_string(M - 1) + "; got " +
-                                            std::to_string(items[e]) + " in row " + std::to_string(b));
-            if (e > offsets[b] && items[e] <= items[e - 1])
-                throw std::invalid_argument("excluded items must ascend without duplicates in a row; row " +
-                                            std::to_string(b) + " has " + std::to_string(items[e - 1]) + " before " +
-                                            std::to_string(items[e]));
-        }
-}
-
 Problem problem(Address u, Address weight, Address bias, int64_t B, int64_t M, int64_t H, Address exclude_items,
                 Address exclude_offsets, int threads) {
+    follow_caller(threads);
     if (M > INT32_MAX) throw std::invalid_argument("at most 2^31 - 1 items; got " + std::to_string(M));
     return {at<const float>(u),
             at<const float>(weight),
@@ -56,14 +42,6 @@ Problem problem(Address u, Address weight, Address bias, int64_t B, int64_t M, i
             exclude_offsets ? at<const int64_t>(exclude_items) : nullptr,
             at<const int64_t>(exclude_offsets),
             threads};
-}
-
-// Sets flush-to-zero in every thread of the pool; what the calling thread had before.
-bool flush_denormals(bool on, int threads) {
-    const bool old = flush_denormals_here(on);
-#pragma omp parallel num_threads(threads)
-    flush_denormals_here(on);
-    return old;
 }
 
 }  // namespace
@@ -77,9 +55,14 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("set_isa", &set_isa, py::arg("name"), "Forces one of them, or \"auto\"; returns the one before.");
     m.def("screening", &screening, "Whether integer screening is used.");
     m.def("set_screening", &set_screening, py::arg("on"), "Allows or forbids it; returns the choice before.");
-    m.def("flush_denormals", &flush_denormals, py::arg("on"), py::arg("threads"), release(),
+    m.def("flush_denormals", &flush_denormals_everywhere, py::arg("on"), py::arg("threads"), release(),
           "Flush-to-zero in every thread of the pool; returns what it was.");
-    m.def("check_rows", &check_rows, release());
+    m.def(
+        "check_rows",
+        [](Address items, Address offsets, int64_t B, int64_t E, int64_t M, bool ascending, int threads) {
+            check_rows(at<const int64_t>(items), at<const int64_t>(offsets), B, E, M, ascending, threads);
+        },
+        release());
 
     py::class_<LoopState>(m, "LoopState", "What the steps of one loop remember.")
         .def(py::init<>())
@@ -125,6 +108,7 @@ PYBIND11_MODULE(_cpp, m) {
         "row_bag",
         [](Address out, Address table, Address items, Address offsets, Address weights, int64_t B, int64_t D, int64_t M,
            int threads) {
+            follow_caller(threads);
             row_bag(at<float>(out), at<const float>(table), at<const int64_t>(items), at<const int64_t>(offsets),
                     at<const float>(weights), B, D, M, threads);
         },
@@ -133,6 +117,7 @@ PYBIND11_MODULE(_cpp, m) {
         "row_bag_backward",
         [](Address dtable, Address dout, Address items, Address offsets, Address weights, int64_t B, int64_t D,
            int64_t M, int threads) {
+            follow_caller(threads);
             row_bag_backward(at<float>(dtable), at<const float>(dout), at<const int64_t>(items),
                              at<const int64_t>(offsets), at<const float>(weights), B, D, M, threads);
         },
@@ -140,6 +125,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def(
         "row_dot",
         [](Address out, Address x, Address table, Address ids, int64_t B, int64_t K, int64_t D, int threads) {
+            follow_caller(threads);
             row_dot(at<float>(out), at<const float>(x), at<const float>(table), at<const int64_t>(ids), B, K, D,
                     threads);
         },
@@ -148,6 +134,7 @@ PYBIND11_MODULE(_cpp, m) {
         "fuse",
         [](Address h, Address w, Address hx, Address lookup, Address ids, Address scores, bool soft, int64_t B,
            int64_t K, int64_t D, int threads) {
+            follow_caller(threads);
             fuse(at<float>(h), at<float>(w), at<const float>(hx), at<const float>(lookup), at<const int64_t>(ids),
                  at<const float>(scores), soft, B, K, D, threads);
         },
@@ -156,6 +143,7 @@ PYBIND11_MODULE(_cpp, m) {
         "respond",
         [](Address v, Address logit, Address h, const LayerAddresses& reward, const LayerAddresses& feedback, int64_t B,
            int64_t D, int threads) {
+            follow_caller(threads);
             respond(at<float>(v), at<float>(logit), at<const float>(h), layers(reward), layers(feedback), B, D,
                     threads);
         },

@@ -73,7 +73,7 @@ void coarse_search(const Rows& rows, Candidates& keep, ItemCodes& codes) {
     const int64_t user_bytes = words(p) * COARSE_B * 4, item_bytes = words(p) * COARSE_M * 4;
     const int64_t at_once = std::max<int64_t>(BUDGET / item_bytes, 1) * COARSE_M;
     const int64_t part = std::min(at_once, (p.M + COARSE_M - 1) / COARSE_M * COARSE_M);
-    const Chunks chunks(p.B, COARSE_B, p.threads);
+    const Chunks chunks(p.B, COARSE_B, 66, p.threads);
     const int64_t padded = chunks.blocks * COARSE_B;
 
     codes.reserve(p, part);

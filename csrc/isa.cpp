@@ -11,6 +11,10 @@
 namespace cfsfl {
 namespace {
 
+#if defined(__x86_64__)
+constexpr unsigned both = 0x8040;  // flush results, read denormals as zero
+#endif
+
 std::vector<const Kernels*> found() {
     std::vector<const Kernels*> tables = {&plain_kernels};
 #if defined(__x86_64__)
@@ -77,7 +81,6 @@ bool set_screening(bool on) { return screen().exchange(on); }
 
 bool flush_denormals_here(bool on) {
 #if defined(__x86_64__)
-    constexpr unsigned both = 0x8040;  // flush results, read denormals as zero
     const unsigned old = _mm_getcsr();
     _mm_setcsr(on ? old | both : old & ~both);
     return (old & both) == both;
@@ -85,6 +88,31 @@ bool flush_denormals_here(bool on) {
     (void)on;
     return false;
 #endif
+}
+
+bool denormals_flushed_here() {
+#if defined(__x86_64__)
+    return (_mm_getcsr() & both) == both;
+#else
+    return false;
+#endif
+}
+
+// What the pool's threads were last told, and how many of them; new ones start as their creator is.
+static std::atomic<int> pool_flushes{-1}, pool_threads{0};
+
+bool flush_denormals_everywhere(bool on, int threads) {
+    const bool old = flush_denormals_here(on);
+#pragma omp parallel num_threads(threads)
+    flush_denormals_here(on);
+    pool_flushes = on;
+    pool_threads = threads;
+    return old;
+}
+
+void follow_caller(int threads) {
+    const bool on = denormals_flushed_here();
+    if (pool_flushes != (int)on || threads > pool_threads) flush_denormals_everywhere(on, threads);
 }
 
 }  // namespace cfsfl

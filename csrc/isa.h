@@ -1,5 +1,4 @@
-// Which kernels run: the best that the processor has, unless a test or the environment variable CFSFL_ISA says
-// otherwise.
+// Which kernels run: the best that the processor has, unless a test or CFSFL_ISA in the environment says otherwise.
 #pragma once
 
 #include <string>
@@ -18,6 +17,12 @@ bool set_screening(bool on);                   // the previous choice
 
 // Sets or clears flush-to-zero in every thread that calls it; returns the old choice.
 bool flush_denormals_here(bool on);
+bool denormals_flushed_here();
+
+// The same in every thread of the pool, for `flush_denormals` and before every operation: threads that disagree would
+// give a user scores that depend on who computed them. Returns the caller's old choice.
+bool flush_denormals_everywhere(bool on, int threads);
+void follow_caller(int threads);
 
 // Flush-to-zero for the life of a scope, in one thread.
 struct FlushScope {

@@ -2,12 +2,12 @@
 //
 // The score of a user and an item is ONE float32 computation, whatever finds it:
 //
-//     lane_l = fma chain over h = l, l + 16, l + 32, ...  of u_h w_h        l = 0 .. 15, rows read as if padded with
-//     zeros sum    = the lanes folded in halves: l + (l + 8), + 4, + 2, + 1 (1) s      = sum + bias
+//     lane_l = fma chain over h = l, l + 16, l + 32, ... of u_h w_h,   l = 0 .. 15, rows read as if padded with zeros
+//     sum    = the lanes folded in halves: l + (l + 8), + 4, + 2, + 1
+//     s      = sum + bias                                                                                           (1)
 //
 // Tiles, lists of candidates and every instruction set do exactly this, so a score has the same bits in any batch, on
-// any number of threads and through any shortcut. Lanes run along h, so rows of the table are read as they lie: no
-// packed copy.
+// any number of threads and through any shortcut. Lanes run along h: the table is read as it lies, without a copy.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +48,7 @@ struct Kernels {
     // < x, y >.
     float (*dot)(const float* x, const float* y, int H);
 
-    // out = (add or 0) + sum_e weights_e table[items_e], entries in order; weights null for ones; items < 0 are
-    // skipped.
+    // out = (add or 0) + sum_e weights_e table[items_e], entries in order; weights null for ones; items < 0 skipped.
     void (*bag)(float* out, const float* add, const float* table, int64_t D, const int64_t* items, const float* weights,
                 int64_t n);
 

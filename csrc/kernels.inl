@@ -91,49 +91,45 @@ FUNCTION int keep_ge(float* values, int32_t* ids, int n, float t) {
     return kept;
 }
 
+// N vectors of columns of `bag`, kept in registers while the entries pass; the last vector has `tail` if > 0.
+template <int N>
+FUNCTION void bag_columns(float* out, const float* add_row, const float* table, int64_t D, const int64_t* items,
+                          const float* weights, int64_t n, int tail) {
+    V x[N];
+    for (int i = 0; i < N; ++i) {
+        const bool whole = i + 1 < N || !tail;
+        x[i] = !add_row ? set1(0.0f) : whole ? load(add_row + i * LANES) : load_head(add_row + i * LANES, tail);
+    }
+    for (int64_t e = 0; e < n; ++e) {
+        if (e + 4 < n && items[e + 4] >= 0)
+            for (int i = 0; i < N; ++i) __builtin_prefetch(table + items[e + 4] * D + i * LANES);
+        if (items[e] < 0) continue;
+        const float* row = table + items[e] * D;
+        const V w = set1(weights ? weights[e] : 1.0f);
+        for (int i = 0; i + 1 < N; ++i) x[i] = fma(w, load(row + i * LANES), x[i]);
+        x[N - 1] = fma(w, tail ? load_head(row + (N - 1) * LANES, tail) : load(row + (N - 1) * LANES), x[N - 1]);
+    }
+    for (int i = 0; i + 1 < N; ++i) store(out + i * LANES, x[i]);
+    tail ? store_head(out + (N - 1) * LANES, x[N - 1], tail) : store(out + (N - 1) * LANES, x[N - 1]);
+}
+
 FUNCTION void bag(float* out, const float* add_row, const float* table, int64_t D, const int64_t* items,
                   const float* weights, int64_t n) {
-    const V zero = set1(0.0f);
-    for (int64_t d = 0; d < D; d += LANES) {
-        int in = D - d < LANES ? (int)(D - d) : LANES;
-        V x = !add_row ? zero : in == LANES ? load(add_row + d) : load_head(add_row + d, in);
-        in == LANES ? store(out + d, x) : store_head(out + d, x, in);
-    }
-    const int64_t whole = D / LANES * LANES;
-    int64_t e = 0;
-    while (e < n) {
-        // Four entries at a time, so that the output is read and written once for four rows.
-        const float* row[4];
-        V w[4];
-        int taken = 0;
-        for (; e < n && taken < 4; ++e) {
-            if (items[e] < 0) continue;
-            row[taken] = table + items[e] * D;
-            w[taken++] = set1(weights ? weights[e] : 1.0f);
+    // As many columns at a time as there are registers, then halves of that.
+    int64_t d = 0;
+    const auto sweep = [&](int N, decltype(&bag_columns<1>) columns) {
+        for (; D - d > (int64_t)(N / 2) * LANES; d += N * LANES) {
+            const int64_t left = D - d - (int64_t)(N - 1) * LANES;  // in the last vector
+            if (left <= 0) return;
+            columns(out + d, add_row ? add_row + d : nullptr, table + d, D, items, weights, n,
+                    left < LANES ? (int)left : 0);
         }
-        for (int64_t a = e; a < n && a < e + 4; ++a)
-            if (items[a] >= 0)
-                for (int64_t d = 0; d < D; d += LANES) __builtin_prefetch(table + items[a] * D + d);
-        if (taken == 4) {
-            for (int64_t d = 0; d < whole; d += LANES) {
-                V x = load(out + d);
-                x = fma(w[0], load(row[0] + d), x);
-                x = fma(w[1], load(row[1] + d), x);
-                x = fma(w[2], load(row[2] + d), x);
-                x = fma(w[3], load(row[3] + d), x);
-                store(out + d, x);
-            }
-        } else {
-            for (int i = 0; i < taken; ++i)
-                for (int64_t d = 0; d < whole; d += LANES) store(out + d, fma(w[i], load(row[i] + d), load(out + d)));
-        }
-        if (whole < D) {
-            int in = (int)(D - whole);
-            V x = load_head(out + whole, in);
-            for (int i = 0; i < taken; ++i) x = fma(w[i], load_head(row[i] + whole, in), x);
-            store_head(out + whole, x, in);
-        }
-    }
+    };
+    if (BAG_VECTORS >= 16) sweep(16, bag_columns<16>);
+    if (BAG_VECTORS >= 8) sweep(8, bag_columns<8>);
+    sweep(4, bag_columns<4>);
+    sweep(2, bag_columns<2>);
+    sweep(1, bag_columns<1>);
 }
 
 FUNCTION float peak(const float* s, int n) {

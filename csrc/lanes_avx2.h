@@ -1,6 +1,8 @@
 // Sixteen float lanes in two AVX2 registers.
 #pragma once
 
+constexpr int BAG_VECTORS = 4;  // sums of `bag` that fit the registers
+
 struct V {
     __m256 lo, hi;
 };

@@ -1,6 +1,8 @@
 // Sixteen float lanes in one AVX-512 register.
 #pragma once
 
+constexpr int BAG_VECTORS = 16;  // sums of `bag` that fit the registers
+
 typedef __m512 V;
 
 INLINE V load(const float* p) { return _mm512_loadu_ps(p); }

@@ -1,6 +1,8 @@
 // Sixteen float lanes in an array: any processor, the same bits.
 #pragma once
 
+constexpr int BAG_VECTORS = 4;  // sums of `bag` that fit the registers
+
 struct V {
     float x[LANES];
 };

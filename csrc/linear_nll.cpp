@@ -5,11 +5,9 @@
 //
 // Shapes    u [B, H], weight [M, H], bias [M]; items [E], offsets [B + 1]; nll, lse [B]; scores, ds [B, M].
 // Traffic   2 B M H flops forward, on tiles in the first-level cache; backward one pass over ds [B, columns] in memory,
-// then
-//           the library's two products.
-// Numerics  float32 exponentials, summed over SEGMENT items at a time and joined in double, in item order: the same
-// bits on any
-//           number of threads and in any batch. Results below the normal range are 0.
+//           then the library's two products.
+// Numerics  float32 exponentials, summed over SEGMENT items at a time and joined in double, in item order: the same bits
+//           on any number of threads and in any batch. Exponentials and gradients below the normal range are 0.
 #include <omp.h>
 
 #include <cmath>
@@ -38,7 +36,6 @@ void linear_nll(const Problem& p, float* nll, float* lse, Lists out, const int64
     }
 #pragma omp parallel num_threads(p.threads)
     {
-        FlushScope flush;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < split.tasks; ++task) {
             const int64_t begin = split.begin(task), end = split.end(task), part = split.part(task);

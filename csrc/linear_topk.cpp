@@ -2,13 +2,11 @@
 //
 // Shapes    u [B, H], weight [M, H], bias [M] -> ids [B, K] int64, scores [B, K].
 // Traffic   2 B M H flops over 4 M H bytes: bound by arithmetic. Scores live in a tile of BLOCK_B x BLOCK_M in the
-// first-level
-//           cache; what beats a user's floor goes to a shortlist of O(K).
-// Numerics  equation (1) of kernels.h; the order is score descending, then id ascending. NaN and -inf are no
-// candidates.
+//           first-level cache; what beats a user's floor goes to a shortlist of O(K).
+// Numerics  equation (1) of kernels.h; score descending, then id ascending. NaN and -inf are no candidates.
 //
-// The screened search ranks upper bounds from 8-bit products (coarse.h), scores the best of them exactly, and proves by
-// the bound on all the others that no list changed; a row without proof gets the full search.
+// The screened search ranks upper bounds from 8-bit products (coarse.cpp), scores the best of them exactly, and proves
+// by the bound on all the others that no list changed; a row without proof gets the full search.
 #include "linear_topk.h"
 
 #include <omp.h>

@@ -2,7 +2,7 @@
 //
 // A user whose code has the bits of the step before keeps the list. For the others, with d = ||u_t - u_(t-1)||,
 //
-//     s_t(j) <= s_(t-1)(j) + d ||w_j||                         (Cauchy and Schwarz) (1)
+//     s_t(j) <= s_(t-1)(j) + d ||w_j||                         (Cauchy and Schwarz)                                (1)
 //
 // moves the bound of every candidate and the one bound for all items that are not candidates (with the largest norm).
 // The best candidates are scored again; the list is proved when its last score beats the bound on the rest. Rounding:

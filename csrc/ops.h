@@ -8,6 +8,9 @@
 namespace cfsfl {
 
 // row_bag.cpp
+// Raises std::invalid_argument unless offsets ascend from 0 to E and every item is in range (and its row ascends).
+void check_rows(const int64_t* items, const int64_t* offsets, int64_t B, int64_t E, int64_t M, bool ascending,
+                int threads);
 void row_bag(float* out, const float* table, const int64_t* items, const int64_t* offsets, const float* weights,
              int64_t B, int64_t D, int64_t M, int threads);
 void row_bag_backward(float* dtable, const float* dout, const int64_t* items, const int64_t* offsets,

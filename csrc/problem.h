@@ -37,13 +37,11 @@ struct Excluded {
 // Items over which sums are taken before they are joined in order: never depends on how work is split.
 constexpr int SEGMENT = 1024;
 
-// Users in chunks of whole blocks, even to one block. Their codes, beside a block of items, stay in the second-level
-// cache.
+// Users in chunks of whole blocks, even to one block: few enough that their codes stay in the second-level cache.
 struct Chunks {
-    static constexpr int64_t most = 132;
     int64_t users, block, blocks, n;
 
-    Chunks(int64_t users_, int64_t block_, int threads)
+    Chunks(int64_t users_, int64_t block_, int64_t most, int threads)
         : users(users_),
           block(block_),
           blocks((users_ + block_ - 1) / block_),
@@ -58,7 +56,7 @@ struct Split {
     Chunks chunks;
     int64_t range, ranges, tasks;
 
-    Split(int64_t B, int64_t M, int threads) : chunks(B, BLOCK_B, threads) {
+    Split(int64_t B, int64_t M, int threads) : chunks(B, BLOCK_B, 132, threads) {
         const int64_t segments = std::max<int64_t>((M + SEGMENT - 1) / SEGMENT, 1);
         ranges = chunks.n >= threads ? 1 : std::min(segments, 2 * threads / std::max<int64_t>(chunks.n, 1));
         range = (segments + ranges - 1) / ranges * SEGMENT;

@@ -15,25 +15,31 @@
 #include "ops.h"
 
 namespace cfsfl {
-namespace {
-
-void check_ids(const int64_t* items, int64_t E, int64_t M, int64_t least) {
-    int64_t low = least, high = M - 1;
-    for (int64_t e = 0; e < E; ++e) {
-        low = std::min(low, items[e]);
-        high = std::max(high, items[e]);
-    }
-    if (low < least || high > M - 1)
-        throw std::invalid_argument("item ids must lie in 0.." + std::to_string(M - 1) + "; got " +
-                                    std::to_string(low < least ? low : high));
+void check_rows(const int64_t* items, const int64_t* offsets, int64_t B, int64_t E, int64_t M, bool ascending,
+                int threads) {
+    bool offsets_ascend = offsets[0] == 0 && offsets[B] == E;
+    for (int64_t b = 0; b < B; ++b) offsets_ascend = offsets_ascend && offsets[b] <= offsets[b + 1];
+    if (!offsets_ascend)
+        throw std::invalid_argument("offsets must ascend from 0 to " + std::to_string(E) + ", the number of items");
+    int64_t wrong = E;  // the first entry that is
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(min : wrong) if (E > 1 << 14)
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t e = offsets[b]; e < offsets[b + 1]; ++e)
+            if (items[e] < 0 || items[e] >= M || (ascending && e > offsets[b] && items[e] <= items[e - 1])) {
+                wrong = std::min(wrong, e);
+                break;
+            }
+    if (wrong == E) return;
+    const std::string item = std::to_string(items[wrong]);
+    if (items[wrong] < 0 || items[wrong] >= M)
+        throw std::invalid_argument("item ids must lie in 0.." + std::to_string(M - 1) + "; got " + item);
+    throw std::invalid_argument("items must ascend without duplicates in a row; got " +
+                                std::to_string(items[wrong - 1]) + " before " + item);
 }
-
-}  // namespace
 
 void row_bag(float* out, const float* table, const int64_t* items, const int64_t* offsets, const float* weights,
              int64_t B, int64_t D, int64_t M, int threads) {
     const Kernels& kernels = cfsfl::kernels();
-    check_ids(items, offsets[B], M, 0);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int64_t b = 0; b < B; ++b) {
         const int64_t e = offsets[b];
@@ -45,7 +51,6 @@ void row_bag_backward(float* dtable, const float* dout, const int64_t* items, co
                       const float* weights, int64_t B, int64_t D, int64_t M, int threads) {
     const Kernels& kernels = cfsfl::kernels();
     const int64_t E = offsets[B];
-    check_ids(items, E, M, 0);
     // The transposed matrix: where each item's entries begin, then row and weight of each, in entry order.
     std::vector<int64_t> start(M + 1, 0);
     for (int64_t e = 0; e < E; ++e) ++start[items[e] + 1];

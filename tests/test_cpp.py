@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cfsfl_fast import reference
 from cfsfl_fast.testing import Problem, poisoned, random_problem, random_rows
 
 cpp = pytest.importorskip("cfsfl_fast.cpp", reason="the extension is not built")
@@ -192,7 +193,13 @@ HOSTILE = [
 
 
 def check_shortcuts(p: Problem, k: int, g: torch.Generator, moves: list[float]) -> dict[str, int]:
-    """Screened and stepwise lists against the full ones, bit for bit."""
+    """Screened and stepwise lists against the full ones, bit for bit, and those against a sort of every score."""
+    every = cpp.linear_nll(p.u, p.weight, p.bias, p.items, p.offsets, p.exclude, 0)[3]
+    assert every is not None
+    ids, scores = reference.top(every, k)
+    found = full(p, k)
+    assert torch.equal(found[0], ids)
+    assert torch.equal(found[1], scores)
     same(cpp.linear_topk(p.u, p.weight, p.bias, k, p.exclude), full(p, k))
     state = cpp.loop_state()
     u = p.u
@@ -387,6 +394,24 @@ def test_flush_denormals_reaches_every_thread() -> None:
     finally:
         _cpp.flush_denormals(old, threads)
     assert (tiny * 0.5 != 0).all()
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_pool_follows_its_caller(flushed: bool) -> None:
+    """torch.set_flush_denormal reaches one thread; the scores of denormal products must not show which."""
+    p = random_problem(50, 700, 24)
+    weight, bias = p.weight * 1e-40, p.bias * 1e-40
+    torch.set_num_threads(2)
+    before = _cpp.flush_denormals(not flushed, 2)
+    assert torch.set_flush_denormal(flushed)
+    try:
+        two = cpp.linear_topk(p.u, weight, bias, 30)
+        torch.set_num_threads(1)
+        same(cpp.linear_topk(p.u, weight, bias, 30), two)
+        assert bool(two[1].view(torch.int32).any()) is not flushed
+    finally:
+        torch.set_flush_denormal(False)
+        _cpp.flush_denormals(before, 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
