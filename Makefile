@@ -9,7 +9,8 @@ DONE   := $(VENV)/.installed
 
 .PHONY: demo test bench asan kernel-report lint format clean
 
-demo test: export OMP_WAIT_POLICY ?= passive  # threads wait without spinning: the machine may be busy
+# Threads wait without spinning: the machine may be busy.
+demo test: export OMP_WAIT_POLICY ?= passive
 
 demo: $(DONE)
 	$(BIN)/cfsfl demo --out demo
