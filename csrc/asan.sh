@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 out=build/asan
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 mkdir -p $out
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="$flags" \
+    "${PYTHON:-python}" setup.py -q build_ext --force --build-lib $out --build-temp $out/objects
 rm -f $out/cfsfl_fast/*.py
 cp -L cfsfl_fast/*.py $out/cfsfl_fast/
 mkdir -p $out/cfsfl_fast/kernels && cp kernels/__init__.py $out/cfsfl_fast/kernels/
