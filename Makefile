@@ -28,7 +28,7 @@ $(DONE): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 asan: $(DONE)
-	PYTHON=$(abspath $(BIN))/python sh csrc/asan.sh
+	PATH="$(abspath $(BIN)):$$PATH" sh csrc/asan.sh
 
 kernel-report: $(DONE)
 	$(BIN)/python -m pip install --quiet --editable ".[triton]"
