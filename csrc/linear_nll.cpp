@@ -6,8 +6,8 @@
 // Shapes    u [B, H], weight [M, H], bias [M]; items [E], offsets [B + 1]; nll, lse [B]; scores, ds [B, M].
 // Traffic   2 B M H flops forward, on tiles in the first-level cache; backward one pass over ds [B, columns] in memory,
 //           then the library's two products.
-// Numerics  float32 exponentials, summed over SEGMENT items at a time and joined in double, in item order: the same bits
-//           on any number of threads and in any batch. Exponentials and gradients below the normal range are 0.
+// Numerics  float32 exponentials, summed over SEGMENT items at a time and joined in double, in item order: the same
+//           bits on any number of threads and in any batch. Exponentials and gradients below the normal range are 0.
 #include <omp.h>
 
 #include <cmath>
