@@ -87,15 +87,23 @@ Report = Callable[..., None]
 @pytest.fixture
 def report(request: pytest.FixtureRequest, roof: dict[str, float]) -> Iterator[Report]:
     """report(case, times, against, flops=, bytes=, **about): prints a row per rival, saves it where --results says.
+    Without times it is one row of what `about` says.
 
     "x NAME" says how many times as fast as NAME a rival is: the median of the rounds' ratios.
     """
     rows: list[dict[str, Any]] = []
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
+    def show(row: dict[str, Any]) -> None:
+        with capture.global_and_fixture_disabled():
+            print("\n" + "  ".join(f"{k} {v}" for k, v in row.items()), end="")
+        rows.append(row)
+
     def add(
-        case: str, times: dict[str, list[float]], against: str, flops: float = 0, bytes: float = 0, **about: Any
+        case: str, times: dict[str, list[float]], against: str = "", flops: float = 0, bytes: float = 0, **about: Any
     ) -> None:
+        if not times:
+            show({"case": case, **about})
         for name, seconds in times.items():
             median = statistics.median(seconds)
             ratio = statistics.median(t / s for s, t in zip(seconds, times[against], strict=True))
@@ -104,9 +112,7 @@ def report(request: pytest.FixtureRequest, roof: dict[str, float]) -> Iterator[R
                 row["of product rate"] = round(flops / median / 1e9 / roof["gflops"], 3)
             if bytes:
                 row["of copy rate"] = round(bytes / median / 1e9 / roof["gbytes"], 3)
-            with capture.global_and_fixture_disabled():
-                print("\n" + "  ".join(f"{k} {v}" for k, v in row.items()), end="")
-            rows.append(row)
+            show(row)
 
     yield add
     folder = request.config.getoption("results")
