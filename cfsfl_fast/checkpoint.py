@@ -120,7 +120,7 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file with the digest of its tensors, whole or not at all."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    staged = _staged(path)
     try:
         save_file(held, staged, {**metadata, "sha256": _digest(held, metadata)})
         os.chmod(staged, 0o644)
@@ -171,7 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file, whole or not at all."""
-    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    staged = _staged(path)
     try:
         staged.write_bytes(content)
         _sync(staged)
@@ -201,6 +201,16 @@ def move_folder(staged: Path, folder: Path) -> None:
             os.replace(staged, folder)
             shutil.rmtree(old, ignore_errors=True)
     _sync(folder.parent)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def remove_staged(folder: Path) -> None:
+    """Removes what a process that was killed left half written below a folder."""
+    for path in folder.rglob(".*.partial-*"):
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

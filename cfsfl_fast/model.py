@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from torch.nn import functional as F
 from cfsfl_fast import checkpoint, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.interactions import Interactions, as_interactions
-from cfsfl_fast.loop import Unrolled, unroll
-from cfsfl_fast.recommenders import RECOMMENDERS
+from cfsfl_fast.loop import unroll
+from cfsfl_fast.recommenders import RECOMMENDERS, Code
 from cfsfl_fast.virtual_user import LookupTable, VirtualUser, feedback_generator, reward_estimator
 
 ROWS = 32
@@ -23,6 +24,17 @@ ROWS = 32
 
 BATCH = 512
 """Users that `recommend` answers at once; more come in as many batches as it takes."""
+
+
+class Loop(NamedTuple):
+    """What a pass through the loop gives, and the tables it looked up."""
+
+    code: Code  # of the recommender's pass after the last step
+    turns: list[ops.FeedbackStep]  # t = 0 .. T - 1
+    state: Any  # of ops.loop_state, for operations on the code with the same output layer and exclude
+    output: ops.Table
+    lookup: ops.Table
+    hx: Tensor  # [B, D]
 
 
 class Trace(NamedTuple):
@@ -128,9 +140,8 @@ class CFSFL(nn.Module):
         """
         with ops.use_backend(self.backend):
             history, n_users = self._padded(x)
-            unrolled = self._unroll(history, self.output_table(), steps)
-            output = self.recommender.output
-            return F.linear(unrolled.code.u, output.weight, output.bias)[:n_users]
+            code, _, _, output, _, _ = self._loop(history, steps)
+            return F.linear(code.u, output.weight, output.bias)[:n_users]
 
     def unroll(self, x: Any, *, steps: int | None = None) -> Trace:
         """Every step's list, reward and feedback.
@@ -141,7 +152,7 @@ class CFSFL(nn.Module):
         """
         with ops.use_backend(self.backend):
             history, n_users = self._padded(x)
-            turns = self._unroll(history, self.output_table(), steps).turns
+            turns = self._loop(history, steps).turns
         k = min(self.config.top_k, self.n_items)
         if not turns:
             empty = self.lookup.weight.new_empty
@@ -214,11 +225,10 @@ class CFSFL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`recommend` for one batch of checked rows."""
         history, n_users = self._padded(x)
-        output = self.output_table()
-        unrolled = self._unroll(history, output, steps)
-        if not bool(unrolled.code.u.isfinite().all()):
+        code, _, state, output, _, _ = self._loop(history, steps)
+        if not bool(code.u.isfinite().all()):
             raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
-        state = unrolled.state if exclude_seen == (self.config.reading == "heldout") else None
+        state = state if exclude_seen == (self.config.reading == "heldout") else None
         shut = history if exclude_seen else None
         if exclude is not None:
             shut, state = (
@@ -229,7 +239,7 @@ class CFSFL(nn.Module):
             output, state = output.rows(candidates), None
             shut = None if shut is None else _among(shut, candidates)
         k = min(n, len(output.weight))
-        ids, scores = ops.linear_topk(unrolled.code.u, output, k, None if shut is None else shut.csr, state)
+        ids, scores = ops.linear_topk(code.u, output, k, None if shut is None else shut.csr, state)
         if candidates is not None:
             ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)]) if len(candidates) else ids
         ids, scores = ids[:n_users], scores[:n_users]
@@ -239,7 +249,7 @@ class CFSFL(nn.Module):
         history = as_interactions(x, self.n_items, self.device)
         return history.padded(-(-len(history) // ROWS) * ROWS), len(history)
 
-    def _unroll(self, x: Interactions, output: ops.Table, steps: int | None) -> Unrolled:
+    def _loop(self, x: Interactions, steps: int | None) -> Loop:
         """T steps from histories; in training mode with torch's dropout and noise."""
         steps = self.config.steps if steps is None else steps
         if steps < 0:
@@ -250,20 +260,45 @@ class CFSFL(nn.Module):
             weights = F.dropout(weights, self.config.dropout)
             eps = torch.randn(len(x), self.config.latent_dim, device=self.device)
             noise = lambda _: eps  # noqa: E731
-        lookup = ops.Table(self.lookup.weight)
-        return unroll(
+        exclude = x.csr if self.config.reading == "heldout" else None
+        return self.run_loop(x, weights, x, steps=steps, exclude=exclude, noise=noise)
+
+    def run_loop(
+        self,
+        encoded: Interactions,
+        weights: Tensor,
+        seen: Interactions,
+        *,
+        steps: int,
+        exclude: tuple[Tensor, Tensor] | None = None,
+        noise: Callable[[int], Tensor] | None = None,
+    ) -> Loop:
+        """T steps of the loop; the parts of it that do not depend on v are computed once.
+
+        Args:
+            encoded: what the encoder takes in, with the entries `weights` [E] of x^.
+            seen: the history of h(x, a).
+            steps: T.
+            exclude: CSR rows of items that never enter a list.
+            noise: eps of pass t, [B, Z]; None takes z = mu.
+        """
+        output, lookup = self.output_table(), ops.Table(self.lookup.weight)
+        hoisted = self.recommender.hoist(*encoded.csr, weights)
+        hx = ops.row_bag(lookup, *seen.csr, seen.mean_weights())
+        code, turns, state = unroll(
             self.recommender,
             self.user,
-            self.recommender.hoist(*x.csr, weights),
-            ops.row_bag(lookup, *x.csr, x.mean_weights()),
+            hoisted,
+            hx,
             output,
             lookup,
             steps=steps,
             k=self.config.top_k,
             action=self.config.action,
-            exclude=x.csr if self.config.reading == "heldout" else None,
+            exclude=exclude,
             noise=noise,
         )
+        return Loop(code, turns, state, output, lookup, hx)
 
     def _left_out(self, exclude: Any, n_users: int) -> Interactions | None:
         if exclude is None:

@@ -237,8 +237,7 @@ class Run:
         checkpoint.write_tensors(self.out / STATE, tensors, {"progress": json.dumps(self.progress)})
 
     def _resume(self) -> None:
-        for staged in self.out.rglob(".*.safetensors-*"):  # what a kill left half written
-            staged.unlink()
+        checkpoint.remove_staged(self.out)
         described = checkpoint.read_json(self.out / checkpoint.CONFIG)
         for name, value in self.config.to_dict().items():
             if described.get(name) != value:

@@ -16,7 +16,6 @@ from torch import Tensor
 from cfsfl_fast import losses, noise, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.interactions import Interactions
-from cfsfl_fast.loop import unroll
 from cfsfl_fast.model import CFSFL
 from cfsfl_fast.virtual_user import weights
 
@@ -98,21 +97,8 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor
     neither it nor the lookup table.
     """
     config = model.config
-    output, lookup = model.output_table(), ops.Table(model.lookup.weight)
-    hx = ops.row_bag(lookup, *batch.seen.csr, batch.seen.mean_weights())
-    hoisted = model.recommender.hoist(*batch.encoded.csr, batch.weights)
-    code, _, state = unroll(
-        model.recommender,
-        model.user,
-        hoisted,
-        hx,
-        output,
-        lookup,
-        steps=config.steps,
-        k=config.top_k,
-        action=config.action,
-        exclude=batch.exclude,
-        noise=eps,
+    code, _, state, output, lookup, hx = model.run_loop(
+        batch.encoded, batch.weights, batch.seen, steps=config.steps, exclude=batch.exclude, noise=eps
     )
     same_items = batch.mask is batch.exclude  # then loss and list come from one product
     nll, ids, scores = ops.linear_nll(
@@ -139,22 +125,10 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor
 @torch.no_grad()
 def recommended_lists(model: CFSFL, batch: View, eps: Noise, steps: int) -> Lists:
     """The lists a^T of a batch after some steps, for an update of the reward estimator alone."""
-    config = model.config
-    output, lookup = model.output_table(), ops.Table(model.lookup.weight)
-    code, _, state = unroll(
-        model.recommender,
-        model.user,
-        model.recommender.hoist(*batch.encoded.csr, batch.weights),
-        ops.row_bag(lookup, *batch.seen.csr, batch.seen.mean_weights()),
-        output,
-        lookup,
-        steps=steps,
-        k=config.top_k,
-        action=config.action,
-        exclude=batch.exclude,
-        noise=eps,
+    code, _, state, output, _, _ = model.run_loop(
+        batch.encoded, batch.weights, batch.seen, steps=steps, exclude=batch.exclude, noise=eps
     )
-    return Lists(*ops.linear_topk(code.u, output, config.top_k, batch.exclude, state))
+    return Lists(*ops.linear_topk(code.u, output, model.config.top_k, batch.exclude, state))
 
 
 def reward_step(model: CFSFL, batch: View, lists: Lists) -> tuple[Tensor, Tensor, Tensor]:

@@ -342,3 +342,12 @@ def test_killed_and_resumed_equals_never_killed(toy: Dataset, toy_folder: Path, 
 def test_order_of_users_differs_between_epochs() -> None:
     orders = [np.random.default_rng([0, 0, epoch]).permutation(50).tolist() for epoch in (1, 2)]
     assert orders[0] != orders[1]
+
+
+def test_what_a_kill_left_half_written_is_removed(toy: Dataset, tmp_path: Path) -> None:
+    run(toy, tmp_path / "run").train()
+    for name in ("metrics.jsonl", "training.safetensors", "stages/joint/model.safetensors", "report.json"):
+        path = tmp_path / "run" / name
+        path.with_name(f".{path.name}.partial-1").write_bytes(b"half")
+    Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), resume=True, show_progress=False)
+    assert not list((tmp_path / "run").rglob(".*"))
