@@ -16,7 +16,10 @@ from cfsfl_fast import __version__
 from tests.conftest import ROOT
 
 PROGRAM = """
+import sys
 from pathlib import Path
+# An editable install of the checkout must not lend the wheel what it lacks.
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import numpy as np
 import cfsfl_fast, cfsfl_fast.datasets, cfsfl_fast.cli
 from cfsfl_fast import ops
