@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,17 @@ class Twins:
         self.data, self.eps, self.stage = data, eps, stage
         self.eager = EagerCFSFL(made)
         self.eager.steps = T if stage == "joint" else 0
+        self.compiled = torch.compile(joint_loss)
         self.adam = torch.optim.Adam(self.eager.parameters(), lr=1e-5)
         self.models = {backend: copy.deepcopy(made).train() for backend in backends}
         self.optimisers = {backend: Optimisers(m, stage) for backend, m in self.models.items()}
 
-    def by_hand(self) -> torch.Tensor:
+    def by_hand(self, loss_of: Callable[..., torch.Tensor] = joint_loss) -> torch.Tensor:
         """One update of the baseline; its loss."""
         x = self.data.seen
         weight = CONFIG.reward_weight if self.stage == "joint" else 0.0
         rows, shown = dense(x, torch.ones(len(x.items))), dense(self.data.encoded, self.data.weights)
-        loss = joint_loss(self.eager, rows, shown, self.eps(0), CONFIG.kl_cap, weight)
+        loss = loss_of(self.eager, rows, shown, self.eps(0), CONFIG.kl_cap, weight)
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
@@ -58,7 +60,10 @@ def test_update(shape: str, stage: str, backends: list[str], report: Report) -> 
     expected = twins.by_hand()
     for backend in backends:
         assert float(twins.ours(backend)) == pytest.approx(float(expected), rel=1e-4), backend
-    times = race({"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in backends}})
+    rivals = {"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in backends}}
+    if (shape, stage) == ("ml-20m", "joint"):  # minutes to compile: once is enough
+        rivals["torch.compile"] = lambda: twins.by_hand(twins.compiled)
+    times = race(rivals)
     report(f"update of stage {1 if stage == 'recommender' else 3}, M={SHAPES[shape]} B={B} T={T}", times, "eager")
 
 
