@@ -58,7 +58,7 @@ def test_all_users_against_exact_searches(name: str, report: Report) -> None:
     data = open_dataset(folder / f"{name}.npz")
     x = as_interactions(data.train, data.n_items)
     u, output = _vectors(x)
-    weight, bias = output.weight, output.bias
+    weight, bias = output.weight.detach(), output.bias.detach()
     blocks = torch.arange(len(x)).split(512)
 
     def ours() -> torch.Tensor:
