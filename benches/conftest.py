@@ -45,10 +45,13 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit that is checked out, marked where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    found = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!benches/results").returncode
+    return f"{found}-dirty" if found and changed else found or "unknown"
 
 
 def race(rivals: dict[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, list[float]]:

@@ -55,11 +55,13 @@ def _checked(
     return items, offsets
 
 
-def _check_scores(u: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _fitting(u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of the scores, checked against each other and contiguous."""
     if u.ndim != 2 or weight.ndim != 2 or u.shape[1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"u [B, H], weight [M, H] and bias [M] do not fit: {(*u.shape,)}, {(*weight.shape,)}, {(*bias.shape,)}"
         )
+    return u.contiguous(), weight.contiguous(), bias.contiguous()
 
 
 @contextlib.contextmanager
@@ -128,8 +130,7 @@ def linear_topk(
     """Equation (2): ids and scores of the K best items, excluded ones left out. [B, K] twice"""
     if not _covers(u, weight, bias):
         return library.linear_topk(u, weight, bias, k, exclude)
-    _check_scores(u, weight, bias)
-    u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
+    u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
     k = min(k, M)
     exclude, rows = _excluded(exclude, B, M)
@@ -157,8 +158,7 @@ def linear_nll(
     """
     if not _covers(u, weight, bias):
         return library.linear_nll(u, weight, bias, items, offsets, exclude, k)
-    _check_scores(u, weight, bias)
-    u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
+    u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
     k = min(k, M)
     items, offsets = _checked(items, offsets, B, M)
@@ -187,7 +187,7 @@ def linear_nll_backward(
     """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x) here, library products."""
     if not _covers(u, weight, bias, dnll):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
-    u, weight, bias = u.contiguous(), weight.contiguous(), bias.contiguous()
+    u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
     dnll = dnll.contiguous()
     items, offsets = _checked(items, offsets, B, M)

@@ -103,20 +103,27 @@ def _score(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None, start: 
     torch.addmm(bias[start:stop], u, weight[start:stop].T, out=scores)
     if exclude is not None:
         items, offsets = exclude
-        rows = rows_of(offsets, len(items))
-        if stop - start < len(weight):
-            inside = (items >= start) & (items < stop)
-            items, rows = items[inside], rows[inside]
-        scores[rows, items - start] = float("-inf")
+        inside = _inside(items, start, stop, len(weight))
+        scores[rows_of(offsets, len(items))[inside], items[inside] - start] = float("-inf")
     return scores
 
 
-def _merge(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """One list of two; every id of `new` is greater than those of `old`, so a stable sort keeps ties right."""
+def _extended(old: tuple[Tensor, Tensor] | None, scores: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The list of all items up to a chunk: `old` of those before it, and the chunk's scores, whose first id is `start`.
+
+    Every id of the chunk is greater than those of `old`, so a stable sort keeps ties right.
+    """
+    ids, best = exact_topk(scores, k)
     if old is None:
-        return new
-    best, order = torch.cat([old[1], new[1]], 1).sort(dim=1, descending=True, stable=True)
-    return torch.cat([old[0], new[0]], 1).gather(1, order[:, :k]), best[:, :k].contiguous()
+        return ids, best
+    ids.add_(start).masked_fill_(best == float("-inf"), -1)
+    best, order = torch.cat([old[1], best], 1).sort(dim=1, descending=True, stable=True)
+    return torch.cat([old[0], ids], 1).gather(1, order[:, :k]), best[:, :k].contiguous()
+
+
+def _inside(items: Tensor, start: int, stop: int, n_items: int) -> Tensor | slice:
+    """Which CSR entries a chunk of the catalogue holds."""
+    return slice(None) if stop - start == n_items else (items >= start) & (items < stop)
 
 
 def loop_state() -> None:
@@ -130,8 +137,7 @@ def linear_topk(
     found = None
     for start, stop in _chunks(len(u), len(weight)):
         scores = _score(u, weight, bias, exclude, start, stop)
-        ids, best = exact_topk(scores, k)
-        found = _merge(found, (ids.add_(start).masked_fill_(best == float("-inf"), -1) if start else ids, best), k)
+        found = _extended(found, scores, start, k)
         scratch.give(scores)
     if found is None:
         return exact_topk(u.new_empty(len(u), 0), k)
@@ -160,17 +166,15 @@ def linear_nll(
     kept = None
     for start, stop in _chunks(len(u), len(weight)):
         scores = _score(u, weight, bias, exclude, start, stop)
-        whole = stop - start == len(weight)
-        inside = slice(None) if whole else (items >= start) & (items < stop)
+        inside = _inside(items, start, stop, len(weight))
         hit.index_add_(0, rows[inside], scores[rows[inside], items[inside] - start])
         if k:
-            ids, best = exact_topk(scores, k)
-            found = _merge(found, (ids.add_(start).masked_fill_(best == float("-inf"), -1) if start else ids, best), k)
+            found = _extended(found, scores, start, k)
         peak = scores.amax(1)
         peak.masked_fill_(peak == float("-inf"), 0)
         total = scores.sub_(peak[:, None]).exp_().sum(1)
         lse = torch.logaddexp(lse, peak + total.log())
-        if whole:
+        if stop - start == len(weight):
             kept = scores.mul_(total.reciprocal_().nan_to_num_(posinf=0)[:, None])
         else:
             scratch.give(scores)
@@ -199,7 +203,7 @@ def linear_nll_backward(
     for start, stop in _chunks(len(u), len(weight)):
         ds = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_() if kept is None else kept
         ds.mul_(scale)
-        inside = slice(None) if stop - start == len(weight) else (items >= start) & (items < stop)
+        inside = _inside(items, start, stop, len(weight))
         ds.index_put_((rows[inside], items[inside] - start), -dnll[rows[inside]], accumulate=True)
         du.addmm_(ds, weight[start:stop])
         torch.mm(ds.T, u, out=dweight[start:stop])

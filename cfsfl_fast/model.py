@@ -228,20 +228,18 @@ class CFSFL(nn.Module):
         code, _, state, output, _, _ = self._loop(history, steps)
         if not bool(code.u.isfinite().all()):
             raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
-        state = state if exclude_seen == (self.config.reading == "heldout") else None
         shut = history if exclude_seen else None
         if exclude is not None:
-            shut, state = (
-                exclude.padded(len(history)) if shut is None else shut.union(exclude.padded(len(history))),
-                None,
-            )
+            exclude = exclude.padded(len(history))
+            shut = exclude if shut is None else shut.union(exclude)
         if candidates is not None:
-            output, state = output.rows(candidates), None
+            output = output.rows(candidates)
             shut = None if shut is None else _among(shut, candidates)
+        same = exclude is None and candidates is None and exclude_seen == (self.config.reading == "heldout")
         k = min(n, len(output.weight))
-        ids, scores = ops.linear_topk(code.u, output, k, None if shut is None else shut.csr, state)
-        if candidates is not None:
-            ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)]) if len(candidates) else ids
+        ids, scores = ops.linear_topk(code.u, output, k, None if shut is None else shut.csr, state if same else None)
+        if candidates is not None and len(candidates):
+            ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)])
         ids, scores = ids[:n_users], scores[:n_users]
         return F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf"))
 

@@ -152,29 +152,31 @@ class _Collect(torch.autograd.Function):
     """Hands a table out and, after every user of it, adds the look-ups they left in `sink` to their dense gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, sink: list[_Lookups]) -> tuple[Tensor, Tensor | None]:
-        ctx.sink = sink
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, sink: list[_Lookups], impl: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.sink, ctx.impl = sink, impl
         ctx.set_materialize_grads(False)
         ctx.shapes = weight.shape, None if bias is None else bias.shape
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.sink:
-            return dweight, dbias, None
+            return dweight, dbias, None, None
         (n_items, _), bias_shape = ctx.shapes
         parts, ctx.sink[:] = list(ctx.sink), []
         items = torch.cat([p.items for p in parts])
         offsets = _joined_offsets([p.offsets for p in parts])
         weights = torch.cat([p.source.new_ones(len(p.items)) if p.weights is None else p.weights for p in parts])
         source = torch.cat([p.source for p in parts])
-        looked_up = implementation(source.device).row_bag_backward(source, items, offsets, weights, n_items)
+        looked_up = ctx.impl.row_bag_backward(source, items, offsets, weights, n_items)
         dweight = looked_up if dweight is None else looked_up.add_(dweight)
         if bias_shape is not None:
             looked_up = weights.new_zeros(n_items).index_add_(0, items, weights)
             dbias = looked_up if dbias is None else looked_up.add_(dbias)
-        return dweight, dbias, None
+        return dweight, dbias, None, None
 
 
 def _joined_offsets(offsets: list[Tensor]) -> Tensor:
@@ -196,7 +198,7 @@ class Table:
         self.weight, self._bias = weight, bias
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             self.sink = []
-            self.weight, self._bias = _Collect.apply(weight, bias, self.sink)
+            self.weight, self._bias = _Collect.apply(weight, bias, self.sink, implementation(weight.device))
 
     @property
     def bias(self) -> Tensor:

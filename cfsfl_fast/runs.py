@@ -142,7 +142,7 @@ class Run:
         number = STAGES.index(stage)
         n_users = len(self.histories)
         order = np.random.default_rng([config.seed, number, epoch]).permutation(n_users)
-        began = time.perf_counter()
+        began, read = time.perf_counter(), 0.0
         best = self.progress["best"].get(stage, {}).get("score")
         shown = (
             {} if best is None or math.isnan(best) else {"val": f"{self.progress['last']:.4f}", "best": f"{best:.4f}"}
@@ -153,9 +153,11 @@ class Run:
         ) as bar:
 
             def tick(users: int, loss: Any) -> None:
-                bar.update(users)
-                if not bar.disable and bar.n // 4096 != (bar.n - users) // 4096:
+                nonlocal read
+                if not bar.disable and time.perf_counter() - read > 0.5:  # reading waits for the device
+                    read = time.perf_counter()
                     bar.set_postfix(loss=f"{loss():.3f}", **shown, refresh=False)
+                bar.update(users)
 
             assert self.optimisers is not None
             self.model.train()

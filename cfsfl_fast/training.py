@@ -24,7 +24,7 @@ DROPOUT, LATENT = 1, 2
 
 
 class View(NamedTuple):
-    """What an update sees of its users, in one of the two readings of SPEC 3."""
+    """What an update sees of its users, in one of the two readings, "heldout" or "full"."""
 
     encoded: Interactions  # what the encoder takes in,
     weights: Tensor  # with these entries of x^ (dropout applied). [E]
@@ -140,8 +140,6 @@ def reward_step(model: CFSFL, batch: View, lists: Lists) -> tuple[Tensor, Tensor
     h = ops.fuse(hx, lookup, *lists, listed)
     has_expert = batch.targets.counts > 0
     real, fake = (ops.mlp(rows, weights(model.reward)).squeeze(1) for rows in (expert[has_expert], h))
-    if not len(real):
-        real = fake.detach()[:0]
     loss = losses.reward_loss(real, fake, model.config.reward_loss) if len(real) else losses.adversarial(-fake)
     return loss, losses.mean(real.detach().sigmoid()), losses.mean(fake.detach().sigmoid())
 

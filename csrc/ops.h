@@ -1,4 +1,4 @@
-// The operations as the bindings call them. Tensors are C-contiguous; sizes are DESIGN's letters.
+// The operations as the bindings call them. Tensors are C-contiguous; sizes are the letters of reference.py.
 #pragma once
 
 #include <cstdint>

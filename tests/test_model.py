@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cfsfl_fast import CFSFL, ops
+from cfsfl_fast import CFSFL, library, ops
 from cfsfl_fast.reference import ACTIONS
 
 M = 57
@@ -33,7 +33,7 @@ def histories(n_users: int = 23, n_items: int = M, seed: int = 0) -> sp.csr_matr
 
 
 def by_the_book(model: CFSFL, x: np.ndarray, steps: int) -> Tensor:
-    """SPEC 2 in dense float64, line by line. [B, M]"""
+    """The equations in dense float64, line by line. [B, M]"""
     p = {name: value.double() for name, value in model.state_dict().items()}
     dense = torch.from_numpy(x).double()
     x_hat = dense / dense.norm(dim=1, keepdim=True).clamp_min(1e-300)
@@ -279,3 +279,13 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         pytest.raises(ops.BackendError, match="'triton' cannot run: the Triton kernels run on"),
     ):
         build()(histories())
+
+
+def test_gradients_come_from_the_backend_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    sums = library.row_bag_backward
+    monkeypatch.setattr(library, "row_bag_backward", lambda *rows: called.append(1) or sums(*rows))
+    model = build(backend="torch")
+    loss = model(histories()).square().sum()
+    loss.backward()  # outside of the model's own choice
+    assert len(called) == 3  # input, output and lookup table
