@@ -6,13 +6,10 @@ was truncated, altered or taken from another folder is noticed before it is used
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cfsfl_fast import files
 from cfsfl_fast.config import FORMAT_VERSION, CFSFLConfig
 
 CONFIG, MODEL, ITEM_IDS = "config.json", "model.safetensors", "item_ids.npy"
@@ -41,15 +39,9 @@ def save_model(
     folder: Path, n_items: int, config: CFSFLConfig, tensors: Mapping[str, Tensor], item_ids: np.ndarray | None
 ) -> None:
     """Writes a model's folder beside its place and moves it there; other files of an older folder go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        os.chmod(staged, 0o755)
+    with files.replacing_folder(folder) as staged:
         write_description(staged, n_items, config, item_ids)
         write_model(staged, tensors)
-        move_folder(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_description(folder: Path, n_items: int, config: CFSFLConfig, item_ids: np.ndarray | None) -> None:
@@ -59,9 +51,9 @@ def write_description(folder: Path, n_items: int, config: CFSFLConfig, item_ids:
             raise ValueError(f"item_ids must have one id per item, {n_items}; got {len(item_ids)}")
         buffer = io.BytesIO()
         np.save(buffer, item_ids, allow_pickle=False)
-        write_bytes(folder / ITEM_IDS, buffer.getvalue())
+        files.write_bytes(folder / ITEM_IDS, buffer.getvalue())
     described = {"format_version": FORMAT_VERSION, "n_items": n_items, **config.to_dict()}
-    write_bytes(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+    files.write_bytes(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -120,15 +112,9 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file with the digest of its tensors, whole or not at all."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    staged = _staged(path)
-    try:
+    with files.replacing(path) as staged:
         save_file(held, staged, {**metadata, "sha256": _digest(held, metadata)})
         os.chmod(staged, 0o644)
-        _sync(staged)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -167,58 +153,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a json object, found {type(found).__name__}")
     return found
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    staged = _staged(path)
-    try:
-        staged.write_bytes(content)
-        _sync(staged)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-
-
-def move_folder(staged: Path, folder: Path) -> None:
-    """Puts a finished folder in its place; an older one stands there until the moment the new one does."""
-    if not folder.exists():
-        os.replace(staged, folder)
-    else:
-        try:
-            swap = ctypes.CDLL(None, use_errno=True).renameat2
-            swapped = swap(_AT_FDCWD, os.fsencode(staged), _AT_FDCWD, os.fsencode(folder), _RENAME_EXCHANGE) == 0
-        except (AttributeError, OSError):
-            swapped = False
-        if not swapped:
-            old = staged.with_name(f"{staged.name}-old")
-            os.replace(folder, old)
-            os.replace(staged, folder)
-            shutil.rmtree(old, ignore_errors=True)
-    _sync(folder.parent)
-
-
-def _staged(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-
-def remove_staged(folder: Path) -> None:
-    """Removes what a process that was killed left half written below a folder."""
-    for path in folder.rglob(".*.partial-*"):
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 
-from cfsfl_fast import checkpoint, ops
+from cfsfl_fast import checkpoint, files, ops
 from cfsfl_fast.config import PRESETS, CFSFLConfig
 from cfsfl_fast.datasets import (
     FORMATS,
@@ -298,7 +298,7 @@ def recommend(
     if out is None:
         click.echo(text.getvalue(), nl=False)
     else:
-        checkpoint.write_bytes(out, text.getvalue().encode())
+        files.write_bytes(out, text.getvalue().encode())
 
 
 @main.command()

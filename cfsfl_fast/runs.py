@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cfsfl_fast import checkpoint, ops
+from cfsfl_fast import checkpoint, files, ops
 from cfsfl_fast.baselines import MostPopular
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.datasets import Dataset
@@ -239,7 +239,7 @@ class Run:
         checkpoint.write_tensors(self.out / STATE, tensors, {"progress": json.dumps(self.progress)})
 
     def _resume(self) -> None:
-        checkpoint.remove_staged(self.out)
+        files.remove_staged(self.out)
         described = checkpoint.read_json(self.out / checkpoint.CONFIG)
         for name, value in self.config.to_dict().items():
             if described.get(name) != value:
@@ -263,7 +263,7 @@ class Run:
             self.optimisers = Optimisers(self.model, progress["stage"])
             self.optimisers.restore(parts["optimiser"])
         lines = (self.out / METRICS).read_bytes().splitlines(keepends=True)
-        checkpoint.write_bytes(self.out / METRICS, b"".join(lines[: progress["lines"]]))
+        files.write_bytes(self.out / METRICS, b"".join(lines[: progress["lines"]]))
 
     def _log(self, stage: str, epoch: int, figures: dict[str, float], score: dict[str, Mean] | None) -> None:
         """A line of metrics.jsonl."""
@@ -275,7 +275,7 @@ class Run:
         # Whole lines of the epochs that the state knows of; a run that was killed wrote more.
         path = self.out / METRICS
         lines = path.read_bytes().splitlines(keepends=True)[: self.progress["lines"]] if path.exists() else []
-        checkpoint.write_bytes(path, b"".join(lines) + json.dumps(line).encode() + b"\n")
+        files.write_bytes(path, b"".join(lines) + json.dumps(line).encode() + b"\n")
         self.progress["lines"] = len(lines) + 1
 
     def _report(self) -> dict[str, Any]:
@@ -304,7 +304,7 @@ class Run:
             control = "VAE, trained on" if "VAE, trained on" in judged else "VAE"
             gain = mean(judged["CF-SFL"].ndcg100 - judged[control].ndcg100)
             report["gain"] = {"over": control, "NDCG@100": list(gain)}
-        checkpoint.write_bytes(path, (json.dumps(report, indent=2) + "\n").encode())
+        files.write_bytes(path, (json.dumps(report, indent=2) + "\n").encode())
         return report
 
 

@@ -1,9 +1,6 @@
 """A prepared data set on disk: plain `.npy` arrays and `dataset.json`, written atomically, opened by memory maps."""
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import scipy.sparse as sp
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from cfsfl_fast import files
 from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_matrix
 from cfsfl_fast.datasets.matrices import Compact, npz_format
 from cfsfl_fast.datasets.protocol import Protocol, split_events
@@ -118,15 +116,12 @@ def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) 
     """
     out = Path(out).resolve()
     _check_replaceable(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        partial.chmod(0o755)
+    with files.replacing_folder(out) as partial:
         arrays: dict[str, dict[str, Any]] = {}
         for name, array in _arrays(dataset).items():
-            with (partial / f"{name}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                _flush(file)
+            path = partial / f"{name}.npy"
+            np.save(path, array, allow_pickle=False)
+            files.sync(path)
             arrays[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -135,13 +130,8 @@ def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) 
             "report": dataset.report,
             "arrays": arrays,
         }
-        with (partial / MANIFEST).open("w", encoding="utf-8") as text:
-            json.dump(manifest, text, indent=2)
-            _flush(text)
-        _flush_folder(partial)
-        _put_in_place(partial, out, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        files.write_bytes(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
+        _check_replaceable(out, overwrite)  # again: somebody may have written there meanwhile
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -226,35 +216,6 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} holds a prepared data set and other files ({foreign[0]}): it is left alone")
     if not overwrite:
         raise FileExistsError(f"{out} holds a prepared data set; pass overwrite to replace it")
-
-
-def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
-    _check_replaceable(out, overwrite)
-    if not out.exists() or not any(out.iterdir()):
-        partial.rename(out)  # onto nothing or an empty folder
-    else:
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-        out.rename(old)
-        try:
-            partial.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _flush_folder(out.parent)
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
