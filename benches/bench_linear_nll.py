@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import Report, race
 
-from cfsfl_fast import cpp, library, ops
+from cfsfl_fast import backends, cpp, library, ops
 from cfsfl_fast.testing import random_problem
 
 B, M, H = 500, 20108, 600
@@ -25,7 +25,7 @@ def test_linear_nll(k: int, report: Report) -> None:
 
     def both(backend: str) -> list[torch.Tensor]:
         leaves = [t.detach().requires_grad_() for t in (u, p.weight, p.bias)]
-        with ops.use_backend(backend):
+        with backends.use_backend(backend):
             nll, *_ = ops.linear_nll(leaves[0], ops.Table(*leaves[1:]), p.items, p.offsets, None, k)
             (nll * dnll).sum().backward()
         return [t.grad for t in leaves if t.grad is not None]

@@ -11,12 +11,12 @@ from conftest import Report, race
 from eager import EagerCFSFL
 from problems import SHAPES, B, T, batch, dense, model
 
-from cfsfl_fast import ops
+from cfsfl_fast import backends
 
 
 @pytest.mark.parametrize("kind", ["trained", "drifting"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inference(shape: str, kind: str, backends: list[str], report: Report) -> None:
+def test_inference(shape: str, kind: str, implementations: list[str], report: Report) -> None:
     made = model(SHAPES[shape], kind).eval()
     eager = EagerCFSFL(made).eval()
     x = batch(SHAPES[shape])[0].seen
@@ -27,18 +27,18 @@ def test_inference(shape: str, kind: str, backends: list[str], report: Report) -
 
     @torch.no_grad()
     def ours(backend: str) -> torch.Tensor:
-        with ops.use_backend(backend):
+        with backends.use_backend(backend):
             return made(x)
 
     expected = by_hand()
-    for backend in backends:
+    for backend in implementations:
         # A near-tie at the end of a list may fall the other way in another order of summation; then that user drifts.
         close = torch.isclose(ours(backend), expected, atol=1e-4).all(1)
         assert float(close.double().mean()) > (0.99 if kind == "trained" else 0.9), backend
     with torch.no_grad():
         trace = made.unroll(x)
     repeats = (trace.ids[1:] == trace.ids[:-1]).all(2).double().mean(1)
-    rivals = {"eager": by_hand, **{b: lambda b=b: ours(b) for b in backends}}
+    rivals = {"eager": by_hand, **{b: lambda b=b: ours(b) for b in implementations}}
     if (shape, kind) == ("ml-20m", "trained"):  # a minute to compile: once is enough
         compiled = torch.compile(eager)
         rivals["torch.compile"] = lambda: by_hand(compiled)

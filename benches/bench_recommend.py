@@ -18,7 +18,7 @@ from conftest import ROOT, Report, race
 from eager import EagerCFSFL
 from problems import CONFIG, SHAPES, B, T, batch, dense, model
 
-from cfsfl_fast import CFSFL, ops
+from cfsfl_fast import CFSFL, backends, ops
 from cfsfl_fast.datasets import open_dataset
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.training import Noise, Optimisers, recommender_step, update, view
@@ -27,7 +27,7 @@ N = 100
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_loop_to_a_list(shape: str, backends: list[str], report: Report) -> None:
+def test_the_loop_to_a_list(shape: str, implementations: list[str], report: Report) -> None:
     made = model(SHAPES[shape], "trained").eval()
     eager = EagerCFSFL(made).eval()
     x = batch(SHAPES[shape])[0].seen
@@ -39,13 +39,13 @@ def test_the_loop_to_a_list(shape: str, backends: list[str], report: Report) -> 
         return scores.topk(N, dim=1).indices
 
     def ours(backend: str) -> torch.Tensor:
-        with ops.use_backend(backend):
+        with backends.use_backend(backend):
             return made.recommend(x, N)[0]
 
     expected = by_hand().sort(1).values
-    for backend in backends:  # near-ties may change places in another order of summation
+    for backend in implementations:  # near-ties may change places in another order of summation
         assert float((ours(backend).sort(1).values == expected).all(1).double().mean()) > 0.95, backend
-    times = race({"eager": by_hand, **{b: lambda b=b: ours(b) for b in backends}})
+    times = race({"eager": by_hand, **{b: lambda b=b: ours(b) for b in implementations}})
     report(f"recommend {N}, trained, M={SHAPES[shape]} B={B} T={T}", times, "eager")
 
 

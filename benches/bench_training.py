@@ -13,7 +13,7 @@ from conftest import Report, race
 from eager import EagerCFSFL, joint_loss
 from problems import CONFIG, SHAPES, B, T, batch, dense, model
 
-from cfsfl_fast import ops
+from cfsfl_fast import backends
 from cfsfl_fast.datasets import open_dataset
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step, update, view
@@ -22,13 +22,13 @@ from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step,
 class Twins:
     """The same model, batch and update, by hand and by the library."""
 
-    def __init__(self, made, data, eps, stage: str, backends: list[str]) -> None:
+    def __init__(self, made, data, eps, stage: str, implementations: list[str]) -> None:
         self.data, self.eps, self.stage = data, eps, stage
         self.eager = EagerCFSFL(made)
         self.eager.steps = T if stage == "joint" else 0
         self.compiled = torch.compile(joint_loss)
         self.adam = torch.optim.Adam(self.eager.parameters(), lr=1e-5)
-        self.models = {backend: copy.deepcopy(made).train() for backend in backends}
+        self.models = {backend: copy.deepcopy(made).train() for backend in implementations}
         self.optimisers = {backend: Optimisers(m, stage) for backend, m in self.models.items()}
 
     def by_hand(self, loss_of: Callable[..., torch.Tensor] = joint_loss) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Twins:
     def ours(self, backend: str) -> torch.Tensor:
         """One update of the library's model; its loss."""
         step = joint_step if self.stage == "joint" else recommender_step
-        with ops.use_backend(backend), ops.flushed_denormals():
+        with backends.use_backend(backend), backends.flushed_denormals():
             loss = step(self.models[backend], self.data, self.eps, 1)
             loss = loss[0] if isinstance(loss, tuple) else loss
             update(self.optimisers[backend].main, loss)
@@ -55,12 +55,12 @@ class Twins:
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_update(shape: str, stage: str, backends: list[str], report: Report) -> None:
-    twins = Twins(model(SHAPES[shape], "trained"), *batch(SHAPES[shape]), stage, backends)
+def test_update(shape: str, stage: str, implementations: list[str], report: Report) -> None:
+    twins = Twins(model(SHAPES[shape], "trained"), *batch(SHAPES[shape]), stage, implementations)
     expected = twins.by_hand()
-    for backend in backends:
+    for backend in implementations:
         assert float(twins.ours(backend)) == pytest.approx(float(expected), rel=1e-4), backend
-    rivals = {"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in backends}}
+    rivals = {"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in implementations}}
     if (shape, stage) == ("ml-20m", "joint"):  # minutes to compile: once is enough
         rivals["torch.compile"] = lambda: twins.by_hand(twins.compiled)
     times = race(rivals)
@@ -68,7 +68,7 @@ def test_update(shape: str, stage: str, backends: list[str], report: Report) -> 
 
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])
-def test_epoch_on_ml_1m(stage: str, backends: list[str], report: Report) -> None:
+def test_epoch_on_ml_1m(stage: str, implementations: list[str], report: Report) -> None:
     """A whole epoch of real users, B = 500."""
     folder = Path(os.environ.get("CFSFL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (folder / "ml-1m.npz").exists():
@@ -78,13 +78,16 @@ def test_epoch_on_ml_1m(stage: str, backends: list[str], report: Report) -> None
     batches = []
     for number, users in enumerate(torch.arange(len(x)).split(B)):
         batches.append((view(x.take(users), users, CONFIG, number), Noise(users, 200, False, (number,))))
-    twins = Twins(model(data.n_items, "trained"), *batches[0], stage, backends)
+    twins = Twins(model(data.n_items, "trained"), *batches[0], stage, implementations)
 
     def epoch(run) -> None:
         for twins.data, twins.eps in batches:
             run()
 
     times = race(
-        {"eager": lambda: epoch(twins.by_hand), **{b: lambda b=b: epoch(lambda: twins.ours(b)) for b in backends}}
+        {
+            "eager": lambda: epoch(twins.by_hand),
+            **{b: lambda b=b: epoch(lambda: twins.ours(b)) for b in implementations},
+        }
     )
     report(f"epoch of stage {1 if stage == 'recommender' else 3} on ml-1m, B={B} T={T}", times, "eager")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cfsfl_fast import ops
+from cfsfl_fast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,9 +79,9 @@ def roof() -> dict[str, float]:
 
 
 @pytest.fixture(scope="session")
-def backends() -> list[str]:
+def implementations() -> list[str]:
     """The backends that can run on this machine's CPU."""
-    return [b for b in ("torch", "cpp") if ops.why_not(b, torch.device("cpu")) is None]
+    return [b for b in ("torch", "cpp") if backends.why_not(b, torch.device("cpu")) is None]
 
 
 Report = Callable[..., None]

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 
-from cfsfl_fast import checkpoint, files, ops
+from cfsfl_fast import backends, checkpoint, files
 from cfsfl_fast.config import PRESETS, CFSFLConfig
 from cfsfl_fast.datasets import (
     FORMATS,
@@ -43,7 +43,7 @@ _EXPECTED = (
     PermissionError,
     FloatingPointError,
     ImportError,
-    ops.BackendError,
+    backends.BackendError,
 )
 
 
@@ -67,7 +67,7 @@ def main(verbose: bool) -> None:
 
 
 _device = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-_backend = click.option("--backend", type=click.Choice(ops.BACKENDS), default="auto", help="Who computes.")
+_backend = click.option("--backend", type=click.Choice(backends.BACKENDS), default="auto", help="Who computes.")
 
 
 def _torch_device(name: str) -> torch.device:
@@ -335,6 +335,6 @@ def doctor() -> None:
     for device in devices:
         threads = torch.get_num_threads()
         shown = f"{threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        click.echo(f"\n{device}: {shown}; auto takes {ops.resolve(device)!r}")
-        for backend in ops.BACKENDS[1:]:
-            click.echo(f"  {backend:<10} {ops.why_not(backend, device) or 'can run'}")
+        click.echo(f"\n{device}: {shown}; auto takes {backends.resolve(device)!r}")
+        for backend in backends.BACKENDS[1:]:
+            click.echo(f"  {backend:<10} {backends.why_not(backend, device) or 'can run'}")

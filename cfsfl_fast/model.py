@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfsfl_fast import checkpoint, ops
+from cfsfl_fast import backends, checkpoint, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.loop import unroll
@@ -84,8 +84,8 @@ class CFSFL(nn.Module):
         super().__init__()
         if n_items < 1:
             raise ValueError(f"n_items must be at least 1; got {n_items}")
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}; got {backend!r}")
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {backend!r}")
         self.n_items = n_items
         self.backend = backend
         self.config = CFSFLConfig.from_dict(
@@ -138,7 +138,7 @@ class CFSFL(nn.Module):
         Returns:
             [B, M].
         """
-        with ops.use_backend(self.backend):
+        with backends.use_backend(self.backend):
             history, n_users = self._padded(x)
             code, _, _, output, _, _ = self._loop(history, steps)
             return F.linear(code.u, output.weight, output.bias)[:n_users]
@@ -150,7 +150,7 @@ class CFSFL(nn.Module):
             x: histories of B users.
             steps: T; None is the model's own.
         """
-        with ops.use_backend(self.backend):
+        with backends.use_backend(self.backend):
             history, n_users = self._padded(x)
             turns = self._loop(history, steps).turns
         k = min(self.config.top_k, self.n_items)
@@ -201,7 +201,7 @@ class CFSFL(nn.Module):
         training = self.training
         self.eval()
         try:
-            with ops.use_backend(self.backend):
+            with backends.use_backend(self.backend):
                 users = torch.arange(len(histories), device=self.device)
                 found = [
                     self._recommend(

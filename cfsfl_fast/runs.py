@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cfsfl_fast import checkpoint, files, ops
+from cfsfl_fast import backends, checkpoint, files
 from cfsfl_fast.baselines import MostPopular
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.datasets import Dataset
@@ -99,7 +99,7 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Runs every stage that is not finished, and gives the report: figures of every system on the test users."""
         try:
-            with ops.flushed_denormals(), ops.use_backend(self.model.backend):
+            with backends.flushed_denormals(), backends.use_backend(self.model.backend):
                 while self.progress["stage"] != "done":
                     self._stage(self.progress["stage"])
                     self._next()

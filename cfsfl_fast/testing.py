@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsfl_fast import ops
+from cfsfl_fast import backends
 
 CSR = tuple[Tensor, Tensor]
 Layers = list[tuple[Tensor, Tensor]]
@@ -29,7 +29,7 @@ def backend_params() -> list[Any]:
 
     params = []
     for backend in BACKENDS:
-        reason = ops.why_not(backend, torch.device("cpu"))
+        reason = backends.why_not(backend, torch.device("cpu"))
         params.append(pytest.param(backend, marks=pytest.mark.skipif(reason is not None, reason=str(reason))))
     return params
 

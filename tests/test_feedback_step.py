@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsfl_fast import ops, reference
+from cfsfl_fast import backends, ops, reference
 from cfsfl_fast.testing import assert_as_good, assert_list, backend_params, poisoned, random_problem
 
 SHAPES = [(1, 3, 2), (0, 7, 5), (7, 40, 9), (33, 1300, 40)]
@@ -27,7 +27,7 @@ def test_feedback_step(
     answers, lists = [], []
     for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
         q = p.to(dt, grad=True)
-        with ops.use_backend(run), poisoned():
+        with backends.use_backend(run), poisoned():
             output, lookup = ops.Table(q.weight, q.bias), ops.Table(q.lookup)
             step = ops.feedback_step(
                 q.u, output, q.hx, lookup, q.reward, q.feedback, 4, action, q.exclude, ops.loop_state(q.u.device)
@@ -49,7 +49,7 @@ def test_steps_of_one_state(backend: str) -> None:
     output, lookup = ops.Table(p.weight, p.bias), ops.Table(p.lookup)
     g = torch.Generator().manual_seed(5)
     u = p.u
-    with ops.use_backend(backend), torch.no_grad():
+    with backends.use_backend(backend), torch.no_grad():
         state = ops.loop_state(u.device)
         for size in (0, 1e-4, 0, 0.3, 1e-3, 2.0, 0):
             u = u + size * torch.randn(u.shape, generator=g)

@@ -12,11 +12,11 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
-    "cli": {"checkpoint", "files", "ops", "config", "datasets", "evaluation", "model", "runs"},
+    "cli": {"checkpoint", "files", "backends", "config", "datasets", "evaluation", "model", "runs"},
     "runs": {
         "checkpoint",
         "files",
-        "ops",
+        "backends",
         "baselines",
         "config",
         "datasets",
@@ -29,16 +29,17 @@ ALLOWED = {
     "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "virtual_user"},
     "evaluation": {"metrics", "interactions"},
     "baselines": {"ops", "interactions"},
-    "model": {"checkpoint", "ops", "config", "interactions", "loop", "recommenders", "virtual_user"},
+    "model": {"backends", "checkpoint", "ops", "config", "interactions", "loop", "recommenders", "virtual_user"},
     "loop": {"ops", "recommenders", "virtual_user"},
     "losses": set(),
     "recommenders": {"ops"},
     "virtual_user": set(),
-    "ops": {"library", "reference"},
+    "ops": {"backends", "library", "reference"},
+    "backends": {"cpp", "kernels", "library", "reference"},
     "cpp": {"library", "_cpp"},
     "metrics": {"interactions"},
     "checkpoint": {"config", "files"},
-    "testing": {"library", "reference", "ops", "interactions"},
+    "testing": {"backends", "library", "reference", "ops", "interactions"},
     "__init__": {"config", "model"},
     "__main__": {"cli"},
 }
@@ -78,7 +79,7 @@ def test_packages_stand_alone(folder: str) -> None:
 
 def test_only_ops_knows_the_specification() -> None:
     users = {name for name, path in FILES.items() if "reference" in imports(path)}
-    assert users <= {"ops", "testing"}
+    assert users <= {"backends", "ops", "testing"}
 
 
 def test_no_pickle_anywhere() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsfl_fast import ops
+from cfsfl_fast import backends, ops
 from cfsfl_fast.testing import assert_as_good, assert_list, backend_params, poisoned, random_problem
 
 SHAPES = [(1, 1, 1), (0, 7, 5), (5, 60, 17), (13, 1030, 40), (31, 2100, 33)]
@@ -34,7 +34,7 @@ def test_loss_list_and_gradients(
     answers, lists = [], []
     for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
         q = p.to(dt, grad=True)
-        with ops.use_backend(run), poisoned():
+        with backends.use_backend(run), poisoned():
             nll, ids, scores = ops.linear_nll(
                 q.u, ops.Table(q.weight, q.bias), q.items, q.offsets, q.exclude, min(6, shape[1])
             )
@@ -55,7 +55,7 @@ def test_far_scores(backend: str) -> None:
     answers = []
     for dt, run in ((torch.float32, backend), (torch.float64, "reference"), (torch.float32, "reference")):
         q = p.to(dt, grad=True)
-        with ops.use_backend(run), poisoned():
+        with backends.use_backend(run), poisoned():
             nll, *_ = ops.linear_nll(q.u * 100, ops.Table(q.weight, q.bias), q.items, q.offsets)
             nll.sum().backward()
         answers.append((nll, q.u.grad, q.weight.grad, q.bias.grad))

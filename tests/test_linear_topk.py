@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsfl_fast import ops, reference
+from cfsfl_fast import backends, ops, reference
 from cfsfl_fast.testing import assert_as_good, assert_list, backend_params, poisoned, random_problem
 
 SHAPES = [(1, 1, 1), (0, 7, 5), (3, 7, 5), (1, 4100, 37), (13, 130, 33), (26, 1100, 40), (30, 2500, 17)]
@@ -20,7 +20,7 @@ def test_lists_of_equal_scores(backend: str, shape: tuple[int, int, int], stride
     p = random_problem(*shape, whole=True, strided=strided, exclude=not strided)
     for k in (0, 1, 5, 50, shape[1]):
         expected = reference.linear_topk(p.u.double(), p.weight.double(), p.bias.double(), k, p.exclude)
-        with ops.use_backend(backend), poisoned():
+        with backends.use_backend(backend), poisoned():
             ids, scores = ops.linear_topk(p.u, ops.Table(p.weight, p.bias), k, p.exclude)
         assert ids.dtype == torch.int64
         assert torch.equal(ids, expected[0])
@@ -34,7 +34,7 @@ def test_scores_and_gradients(backend: str, shape: tuple[int, int, int], dtype: 
     p = random_problem(*shape)
     k = min(9, shape[1])
     truth, plain, found = p.to(torch.float64, grad=True), p.to(dtype, grad=True), p.to(dtype, grad=True)
-    with ops.use_backend(backend), poisoned():
+    with backends.use_backend(backend), poisoned():
         ids, scores = ops.linear_topk(found.u, ops.Table(found.weight, found.bias), k, p.exclude)
     assert_list(ids, scores, p.exclude, shape[1])
 
@@ -64,7 +64,7 @@ def test_nothing_that_is_no_score(backend: str) -> None:
     bias = p.bias.clone()
     bias[3], bias[5], bias[699], bias[0] = float("inf"), float("nan"), float("-inf"), float("inf")
     everything = torch.arange(700).repeat(27), torch.arange(28) * 700
-    with ops.use_backend(backend), poisoned():
+    with backends.use_backend(backend), poisoned():
         ids, scores = ops.linear_topk(p.u, ops.Table(p.weight, bias), 700)
         none, none_scores = ops.linear_topk(p.u, ops.Table(p.weight, p.bias), 5, everything)
     assert torch.equal(ids[:, :2], torch.tensor([[0, 3]]).expand(27, 2))
@@ -80,7 +80,7 @@ def test_nothing_that_is_no_score(backend: str) -> None:
 def test_permuting_users_permutes_lists(backend: str) -> None:
     p = random_problem(40, 900, 33, exclude=False)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
-    with ops.use_backend(backend):
+    with backends.use_backend(backend):
         ids, scores = ops.linear_topk(p.u, ops.Table(p.weight, p.bias), 20)
         moved_ids, moved_scores = ops.linear_topk(p.u[order], ops.Table(p.weight, p.bias), 20)
     assert torch.equal(moved_ids, ids[order])

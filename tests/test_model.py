@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cfsfl_fast import CFSFL, library, ops
+from cfsfl_fast import CFSFL, backends, library
 from cfsfl_fast.reference import ACTIONS
 
 M = 57
@@ -83,10 +83,10 @@ def test_scores_are_those_of_the_equations(action: str, reading: str) -> None:
 @pytest.mark.parametrize("action", ACTIONS)
 def test_backends_agree(action: str) -> None:
     model, x = build(action=action), histories()
-    with ops.use_backend("reference"):
+    with backends.use_backend("reference"):
         expected = model(x)
-    for backend in ("torch", ops.resolve(model.device)):
-        with ops.use_backend(backend):
+    for backend in ("torch", backends.resolve(model.device)):
+        with backends.use_backend(backend):
             assert torch.allclose(model(x), expected, atol=1e-5)
 
 
@@ -188,7 +188,7 @@ def test_every_parameter_gets_the_gradient_of_the_specification(reading: str) ->
     target = torch.randn(x.shape[0], M, dtype=torch.float64)
     gradients = {}
     for backend in ("torch", "reference"):
-        with ops.use_backend(backend):
+        with backends.use_backend(backend):
             loss = (model(x) * target).sum()
             gradients[backend] = torch.autograd.grad(loss, list(model.parameters()))
     for (name, _), found, expected in zip(model.named_parameters(), *gradients.values(), strict=True):
@@ -275,8 +275,8 @@ def test_wrong_choices_are_refused(choices: dict, words: str) -> None:
 
 def test_a_backend_that_cannot_run_says_why() -> None:
     with (
-        ops.use_backend("triton"),
-        pytest.raises(ops.BackendError, match="'triton' cannot run: the Triton kernels run on"),
+        backends.use_backend("triton"),
+        pytest.raises(backends.BackendError, match="'triton' cannot run: the Triton kernels run on"),
     ):
         build()(histories())
 

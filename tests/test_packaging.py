@@ -22,12 +22,12 @@ from pathlib import Path
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import numpy as np
 import cfsfl_fast, cfsfl_fast.datasets, cfsfl_fast.cli
-from cfsfl_fast import ops
+from cfsfl_fast import backends
 assert (Path(cfsfl_fast.__file__).parent / "kernels" / "feedback_step.py").exists()
 model = cfsfl_fast.CFSFL(30, steps=2, top_k=5)
 ids, scores = model.recommend(np.eye(4, 30), n=3)
 assert ids.shape == (4, 3)
-print(cfsfl_fast.__file__, ops.resolve(model.device))
+print(cfsfl_fast.__file__, backends.resolve(model.device))
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsfl_fast import library, ops, reference
+from cfsfl_fast import backends, library, ops, reference
 from cfsfl_fast.testing import assert_as_good, backend_params, poisoned, random_problem
 
 SHAPES = [(1, 1, 1), (0, 5, 3), (7, 30, 16), (19, 64, 33), (40, 300, 70)]  # B, M, D
@@ -25,7 +25,7 @@ def test_row_bag(backend: str, shape: tuple[int, int, int], dtype: torch.dtype, 
     for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
         q = p.to(dt, grad=True)
         weights = q.weights if weighted else None
-        with ops.use_backend(run), poisoned():
+        with backends.use_backend(run), poisoned():
             table = ops.Table(q.lookup)
             out = ops.row_bag(table, q.items, q.offsets, weights)
             few = q.offsets[: B // 4 + 1]  # gradients of two look-ups are summed once
@@ -43,8 +43,8 @@ def test_row_dot(backend: str, shape: tuple[int, int, int]) -> None:
     B, M, D = shape
     p = random_problem(B, M, D, D=D)
     ids = torch.randint(-1, M, (B, 5), generator=torch.Generator().manual_seed(3))
-    with ops.use_backend(backend), poisoned():
-        found = ops.implementation(p.u.device).row_dot(p.u, p.lookup, ids)
+    with backends.use_backend(backend), poisoned():
+        found = backends.implementation(p.u.device).row_dot(p.u, p.lookup, ids)
     truth = library.row_dot(p.u.double(), p.lookup.double(), ids)
     assert_as_good(found, truth, library.row_dot(p.u, p.lookup, ids))
 
@@ -63,7 +63,7 @@ def test_fuse(backend: str, action: str, dtype: torch.dtype) -> None:
     for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
         q = p.to(dt, grad=True)
         scores = raw.to(dt, copy=True).requires_grad_()
-        with ops.use_backend(run), poisoned():
+        with backends.use_backend(run), poisoned():
             h = ops.fuse(q.hx, ops.Table(q.lookup), ids, scores, action)
             (h * dh.to(dt)).sum().backward()
         dscores = torch.zeros_like(scores) if scores.grad is None else scores.grad

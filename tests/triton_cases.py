@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from . import interpreter  # noqa: F401
 
-from cfsfl_fast import kernels, ops, reference  # noqa: E402  (the interpreter is chosen before Triton is imported)
+from cfsfl_fast import backends, kernels, ops, reference  # noqa: E402  (the interpreter is chosen before Triton is imported)
 
 # The package's functions have their files' names.
 step_file, linear_filter, linear_nll, linear_topk, row_bag, tile = (
@@ -416,7 +416,7 @@ def test_gradients_through_ops(action: str) -> None:
         reward, feedback = ([(a.detach().clone().requires_grad_(), b) for a, b in net] for net in (reward, feedback))
         with (
             torch.enable_grad(),
-            ops.use_backend("reference" if leaves[0].dtype == torch.float64 or plain else "triton"),
+            backends.use_backend("reference" if leaves[0].dtype == torch.float64 or plain else "triton"),
         ):
             u, weight, bias, hx, lookup = leaves
             output, table = ops.Table(weight, bias), ops.Table(lookup)
