@@ -60,11 +60,17 @@ def imports(path: Path) -> set[str]:
 
 
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+COMMANDS = sorted((PACKAGE / "cli").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_module_imports_what_stands_below_it(name: str) -> None:
     assert imports(FILES[name]) <= ALLOWED.get(name, set()), f"{name} may import {sorted(ALLOWED.get(name, set()))}"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_command_imports_what_stands_below_it(path: Path) -> None:
+    assert imports(path) <= ALLOWED["cli"] | {"cli"}
 
 
 def test_there_is_no_circle() -> None:

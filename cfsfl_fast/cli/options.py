@@ -1,0 +1,57 @@
+"""Options that several commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+from cfsfl_fast import backends
+from cfsfl_fast.config import CFSFLConfig
+
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+backend_option = click.option("--backend", type=click.Choice(backends.BACKENDS), default="auto", help="Who computes.")
+
+
+def torch_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is asked for, but this torch ({torch.__version__}) finds no CUDA device")
+    return device
+
+
+def config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every field of the config."""
+    hints = typing.get_type_hints(CFSFLConfig)
+    for field in reversed(dataclasses.fields(CFSFLConfig)):
+        name = "--" + field.name.replace("_", "-")
+        shown = ",".join(map(str, field.default)) if field.name == "epochs" else field.default
+        if hints[field.name] is bool:
+            option = click.option(f"{name}/--no-{name[2:]}", default=None, help=f"[default: {shown}]")
+        else:
+            option = click.option(name, default=None, metavar=str(shown).upper(), help=f"[default: {shown}]")
+        command = option(command)
+    return command
+
+
+def config_field(name: str, text: Any) -> Any:
+    """A config field from its option's text."""
+    kind = typing.get_type_hints(CFSFLConfig)[name]
+    if isinstance(text, bool) or kind is str or text == "auto":
+        return text
+    try:
+        if name == "epochs":
+            return tuple(int(part) for part in text.split(","))
+        return float(text) if kind is float else int(text)
+    except ValueError:
+        wanted = "three counts, as 100,5,25" if name == "epochs" else "a number"
+        raise ValueError(f"--{name.replace('_', '-')} takes {wanted}; got {text!r}") from None
