@@ -13,19 +13,9 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
     "cli": {"checkpoint", "files", "backends", "config", "datasets", "evaluation", "model", "runs"},
-    "runs": {
-        "checkpoint",
-        "files",
-        "backends",
-        "baselines",
-        "config",
-        "datasets",
-        "evaluation",
-        "interactions",
-        "metrics",
-        "model",
-        "training",
-    },
+    "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "evaluation", "interactions"}
+    | {"metrics", "stages", "training"},
+    "stages": {"backends", "config", "datasets", "evaluation", "interactions", "metrics", "model", "training"},
     "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "virtual_user"},
     "evaluation": {"metrics", "interactions"},
     "baselines": {"ops", "interactions"},

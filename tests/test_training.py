@@ -260,7 +260,7 @@ def test_the_best_epoch_is_kept(toy: Dataset, tmp_path: Path) -> None:
         held_out = toy.validation
         trained.model.load_state_dict(model.state_dict())
         steps = trained.config.steps if stage == "joint" else 0
-        assert trained._judge(held_out, steps, None).summary()["NDCG@100"].value == scores[best]
+        assert trained.judge(held_out, steps, None).summary()["NDCG@100"].value == scores[best]
 
 
 def test_a_stage_ends_when_nothing_gets_better(toy: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,265 @@
+"""Algorithm 1 over one model: its stages in order, what each starts from, validation, patience and the best weights.
+
+In memory; `runs.Run` keeps the same in a folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cfsfl_fast import backends
+from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.datasets import HeldOut
+from cfsfl_fast.evaluation import Evaluation, evaluate
+from cfsfl_fast.interactions import Interactions
+from cfsfl_fast.metrics import Mean
+from cfsfl_fast.model import CFSFL
+from cfsfl_fast.training import Optimisers, run_epoch
+
+log = logging.getLogger(__name__)
+
+STAGES = ("recommender", "control", "reward", "joint")
+"""In order. Each starts from the stage that `_BASES` names."""
+
+_BASES = {"control": "recommender", "reward": "recommender", "joint": "reward"}
+_LABELS = {"recommender": "recommender", "control": "control", "reward": "reward", "joint": "CF-SFL"}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to.
+
+    Attributes:
+        stage: of Algorithm 1: "recommender", "control", "reward" or "joint".
+        epoch: of the stage, from 1; 0 is the stage's start.
+        step: updates of the recommender so far.
+        figures: means over users of the losses and rewards, and the time taken: "seconds", "users_per_second".
+        validation: of the model as it is now, by metric; None where the stage has none.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    figures: dict[str, float]
+    validation: dict[str, Mean] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of metrics.jsonl holds it."""
+        line: dict[str, Any] = {"stage": self.stage, "epoch": self.epoch, "step": self.step, **self.figures}
+        if self.validation is not None:
+            line["validation"] = {name: found.value for name, found in self.validation.items()}
+            line["validation_error"] = {name: found.error for name, found in self.validation.items()}
+        return line
+
+
+OnEpoch = Callable[[Epoch], None]
+"""Called after every epoch, and once at a stage's start where there is a validation."""
+
+
+def fresh_model(n_items: int, config: CFSFLConfig, *, device: torch.device | str, backend: str) -> CFSFL:
+    """A model with the first weights of the config's seed; torch's own random numbers stay where they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = CFSFL.from_config(n_items, config, backend=backend)
+    return model.to(device)
+
+
+class Trainer:
+    """Trains a model by Algorithm 1.
+
+    Args:
+        model: with a resolved config; it is on the device to train on.
+        histories: of the training users, on the model's device.
+        validation: users by whose NDCG@100 a stage's best epoch is chosen; with None it is the last.
+        show_progress: progress bars on stderr, where that is a terminal.
+        on_epoch: called with every epoch's figures.
+    """
+
+    def __init__(
+        self,
+        model: CFSFL,
+        histories: Interactions,
+        validation: HeldOut | None,
+        *,
+        show_progress: bool = True,
+        on_epoch: OnEpoch | None = None,
+    ) -> None:
+        self.model, self.histories, self.validation = model, histories, validation
+        self.config, self.device = model.config, model.device
+        self.show_progress, self.on_epoch = show_progress, on_epoch
+        self.progress: dict[str, Any] = {"stage": STAGES[0], "epoch": 0, "step": 0, "best": {}}
+        self.optimisers: Optimisers | None = None
+        self.kept: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the config asks for."""
+        wanted = {"recommender"}
+        if self.config.steps and self.config.epochs[2]:
+            wanted |= {"reward", "joint"} | ({"control"} if self.config.control else set())
+        return [stage for stage in STAGES if stage in wanted]
+
+    def run(self) -> None:
+        """Runs every stage that is not finished; the model then has the last stage's best weights.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite.
+        """
+        with backends.flushed_denormals(), backends.use_backend(self.model.backend):
+            while self.progress["stage"] != "done":
+                self._stage(self.progress["stage"])
+                self._next()
+        self.model.eval()
+
+    def judge(self, held_out: HeldOut, steps: int, label: str | None) -> Evaluation:
+        """The model's metrics on held-out users after some feedback steps; label: of a progress bar."""
+
+        def recommend(x: Any, n: int) -> tuple[Tensor, Tensor]:
+            return self.model.recommend(x, n, steps=steps)
+
+        return evaluate(
+            recommend,
+            held_out.fold_in,
+            held_out.targets,
+            device=self.device,
+            progress=label if self.show_progress else None,
+        )
+
+    # A stage
+
+    def _stage(self, stage: str) -> None:
+        """Trains one stage from its base, or from where it stood, and keeps its best weights."""
+        n_epochs = self.config.epochs[{"recommender": 0, "reward": 1}.get(stage, 2)]
+        ranked = stage != "reward" and self.validation is not None
+        self.begin(stage)
+        if self.optimisers is None:
+            if stage in _BASES:
+                self.load(_BASES[stage])
+            self.optimisers = Optimisers(self.model, stage)
+            if ranked:
+                self._done(stage, 0, {}, ranked)
+            else:
+                self._keep_best(stage, 0, ranked)
+        while self.progress["epoch"] < n_epochs and not self._out_of_patience(stage, ranked):
+            epoch = self.progress["epoch"] + 1
+            self._done(stage, epoch, self._epoch(stage, epoch, n_epochs), ranked)
+            self.progress["epoch"] = epoch
+            self.save_state()
+        self.optimisers = None
+
+    def _epoch(self, stage: str, epoch: int, n_epochs: int) -> dict[str, float]:
+        config = self.config
+        number = STAGES.index(stage)
+        n_users = len(self.histories)
+        order = np.random.default_rng([config.seed, number, epoch]).permutation(n_users)
+        began, read = time.perf_counter(), 0.0
+        best = self.progress["best"].get(stage, {}).get("score")
+        shown = (
+            {} if best is None or math.isnan(best) else {"val": f"{self.progress['last']:.4f}", "best": f"{best:.4f}"}
+        )
+        label = f"{_LABELS[stage]} {epoch}/{n_epochs}"
+        with tqdm(
+            total=n_users, desc=label, unit=" users", disable=None if self.show_progress else True, leave=False
+        ) as bar:
+
+            def tick(users: int, loss: Any) -> None:
+                nonlocal read
+                if not bar.disable and time.perf_counter() - read > 0.5:  # reading waits for the device
+                    read = time.perf_counter()
+                    bar.set_postfix(loss=f"{loss():.3f}", **shown, refresh=False)
+                bar.update(users)
+
+            assert self.optimisers is not None
+            self.model.train()
+            sums, self.progress["step"] = run_epoch(
+                self.model,
+                self.histories,
+                self.optimisers,
+                stage,
+                torch.from_numpy(order).to(self.device),
+                (config.seed, number, epoch),
+                self.progress["step"],
+                tick,
+            )
+        seconds = time.perf_counter() - began
+        figures = {name: float(value) / n_users for name, value in sums._asdict().items()}
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise FloatingPointError(
+                f"the loss is {figures['loss']} in epoch {epoch} of stage {stage!r}: lower the learning rate"
+            )
+        if stage in ("recommender", "control"):
+            figures = {"loss": figures["loss"]}
+        elif stage == "reward":
+            del figures["loss"]
+        return {**figures, "seconds": seconds, "users_per_second": n_users / seconds}
+
+    def _done(self, stage: str, epoch: int, figures: dict[str, float], ranked: bool) -> None:
+        """Validates after an epoch, tells of it, and keeps the weights if they are the best so far."""
+        score = None
+        if ranked:
+            assert self.validation is not None
+            score = self.judge(self.validation, self.config.steps if stage == "joint" else 0, None).summary()
+            self.progress["last"] = score["NDCG@100"].value
+        record = Epoch(stage, epoch, self.progress["step"], figures, score)
+        self.log_epoch(record)
+        self._keep_best(stage, epoch, ranked)
+        if self.on_epoch is not None:
+            self.on_epoch(record)
+
+    def _keep_best(self, stage: str, epoch: int, ranked: bool) -> None:
+        best = self.progress["best"].get(stage)
+        score = self.progress["last"] if ranked else math.nan
+        if best is None or not ranked or score > best["score"]:
+            self.progress["best"][stage] = {"epoch": epoch, "score": score}
+            self.keep(stage)
+
+    def _out_of_patience(self, stage: str, ranked: bool) -> bool:
+        patience, best = self.config.patience, self.progress["best"].get(stage)
+        return bool(ranked and patience and best and self.progress["epoch"] - best["epoch"] >= patience)
+
+    def _next(self) -> None:
+        """Ends the stage: its best weights become the model's."""
+        stage = self.progress["stage"]
+        if stage != "control" and stage != "reward":
+            self.load(stage)
+        if stage == "recommender":
+            self.progress["first_step"] = self.progress["step"]
+        after = self.stages[self.stages.index(stage) + 1 :]
+        self.progress.update(stage=after[0] if after else "done", epoch=0, step=self.progress["first_step"])
+        self.end(stage, after)
+
+    # Where weights and progress go
+
+    def begin(self, stage: str) -> None:
+        """A stage starts, or goes on."""
+
+    def keep(self, stage: str) -> None:
+        """Keeps the model's weights as the stage's best."""
+        self.kept[stage] = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def load(self, stage: str) -> None:
+        """Gives the model a stage's best weights."""
+        self.model.load_state_dict(self.kept[stage])
+
+    def log_epoch(self, record: Epoch) -> None:
+        """Notes an epoch's figures."""
+        found = {**record.figures, **{name: mean.value for name, mean in (record.validation or {}).items()}}
+        log.info("%s %d: %s", record.stage, record.epoch, ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+
+    def save_state(self) -> None:
+        """Keeps what resuming after the epoch needs."""
+
+    def end(self, stage: str, after: list[str]) -> None:
+        """A stage is over; after: the stages to come."""
+        wanted = {_BASES[later] for later in after}
+        self.kept = {name: weights for name, weights in self.kept.items() if name in wanted}
