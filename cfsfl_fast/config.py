@@ -23,6 +23,8 @@ class CFSFLConfig:
         dropout: share of the history that training hides from the encoder.
         reading: "heldout": training targets and expert list are the hidden items, h and the encoder see the others, and
             lists leave out what was seen. "full": the paper's autoencoder, everything sees all of x.
+        feedback_inputs: what the feedback generator sees, of "history" (the mean row of x), "list" (the rows of a) and
+            "reward" (R); what is left out is 0. R itself always sees history and list.
 
     Losses
         mask_kept: in the "heldout" reading, what was seen leaves the softmax.
@@ -33,9 +35,14 @@ class CFSFLConfig:
         reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
         l2: penalty l2 / batch_size ||W||^2 on the recommender's weights.
         noise: one draw of the latent noise for all steps of an update ("shared") or one per step ("fresh").
+        loss_steps: stage 3's supervised loss is that of s^T ("last"), or the mean over s^0 to s^T ("all").
+        gradient_through_time: gradients run through the whole loop; if not, no pass of the recommender but the last has
+            one, and the feedback generator learns from the last feedback alone.
 
     Training
         epochs: of the three stages of Algorithm 1.
+        joint: stage 3 runs where there is a loop ("auto"), or with T = 0 too ("always"): the recommender trained on
+            with the adversarial term (the paper's VAE+R), or where reward_weight = 0 without it.
         batch_size: users of an update; "auto" by the number of training users.
         learning_rate: stage 1. joint_learning_rate: the recommender in stage 3. feedback_learning_rate: feedback
             generator and lookup table. reward_learning_rate: reward estimator.
@@ -56,6 +63,7 @@ class CFSFLConfig:
     feedback_dim: int = 128
     dropout: float = 0.5
     reading: str = "heldout"
+    feedback_inputs: str = "history,list,reward"
 
     mask_kept: bool = True
     kl: str = "per_user"
@@ -66,8 +74,11 @@ class CFSFLConfig:
     reward_loss: str = "imitation"
     l2: float = 0.01
     noise: str = "shared"
+    loss_steps: str = "last"
+    gradient_through_time: bool = True
 
     epochs: tuple[int, int, int] = (100, 5, 25)
+    joint: str = "auto"
     batch_size: int | str = "auto"
     learning_rate: float = 1e-3
     joint_learning_rate: float = 1e-4
@@ -92,6 +103,10 @@ class CFSFLConfig:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f'{name} must be "auto" or at least 1; got {value!r}')
+        inputs = self.feedback_inputs.split(",")
+        if not set(inputs) <= set(FEEDBACK_INPUTS) or len(set(inputs)) < len(inputs):
+            expected = ",".join(FEEDBACK_INPUTS)
+            raise ValueError(f"feedback_inputs must be {expected} or some of these; got {self.feedback_inputs!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.reading == "heldout" and self.dropout == 0:
@@ -109,6 +124,16 @@ class CFSFLConfig:
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
         return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def has_joint_stage(self) -> bool:
+        """Whether Algorithm 1 has its third stage."""
+        return self.epochs[2] > 0 and (self.steps > 0 or self.joint == "always")
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether a loss of stage 3 or the loop looks at the reward estimator."""
+        return self.reward_weight > 0 or (self.steps > 0 and "reward" in self.feedback_inputs)
 
     def resolved(self, n_users: int) -> CFSFLConfig:
         """The same with every "auto" replaced, for a number of training users."""
@@ -141,6 +166,29 @@ class CFSFLConfig:
             raise ValueError(f"a config field has a value of the wrong type: {error}") from None
 
 
+LATER_FIELDS = frozenset(
+    {
+        "steps",
+        "top_k",
+        "action",
+        "feedback_inputs",
+        "reward_weight",
+        "reward_loss",
+        "noise",
+        "loss_steps",
+        "gradient_through_time",
+        "joint",
+        "joint_learning_rate",
+        "feedback_learning_rate",
+        "reward_learning_rate",
+        "reward_batch",
+        "control",
+    }
+)
+"""Fields that stage 1 does not depend on: runs that differ in these alone may share it."""
+
+FEEDBACK_INPUTS = ("history", "list", "reward")
+
 _CHOICES = {
     "recommender": ("vae",),
     "action": ("straight_through", "topk_softmax", "softmax", "hard"),
@@ -148,6 +196,8 @@ _CHOICES = {
     "kl": ("per_user", "annealed"),
     "reward_loss": ("imitation", "literal"),
     "noise": ("shared", "fresh"),
+    "loss_steps": ("last", "all"),
+    "joint": ("auto", "always"),
     "reward_batch": ("shared", "fresh"),
 }
 _LEAST = {

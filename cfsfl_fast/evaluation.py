@@ -30,10 +30,13 @@ class Evaluation:
     recall50: Tensor
     ndcg100: Tensor
 
+    def per_user(self) -> dict[str, Tensor]:
+        """The values [N] by the metric's name."""
+        return {"Recall@20": self.recall20, "Recall@50": self.recall50, "NDCG@100": self.ndcg100}
+
     def summary(self) -> dict[str, metrics.Mean]:
         """Mean and standard error by the metric's name."""
-        named = {"Recall@20": self.recall20, "Recall@50": self.recall50, "NDCG@100": self.ndcg100}
-        return {name: metrics.mean(values) for name, values in named.items()}
+        return {name: metrics.mean(values) for name, values in self.per_user().items()}
 
 
 def evaluate(

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cfsfl_fast import ops
 from cfsfl_fast.recommenders import Code, MultVAE
 from cfsfl_fast.virtual_user import VirtualUser, weights
 
+ALL_INPUTS = "history,list,reward"
+"""Of the feedback generator."""
+
 
 class Unrolled(NamedTuple):
     """T turns of the loop and the recommender's pass after the last."""
 
-    code: Code  # of pass T
+    codes: list[Code]  # of every pass, t = 0 .. T
     turns: list[ops.FeedbackStep]  # t = 0 .. T - 1
     state: Any  # of ops.loop_state, for operations on the last code
 
@@ -33,6 +37,8 @@ def unroll(
     action: str,
     exclude: tuple[Tensor, Tensor] | None = None,
     noise: Callable[[int], Tensor] | None = None,
+    through_time: bool = True,
+    inputs: str = ALL_INPUTS,
 ) -> Unrolled:
     """T steps of recommender and virtual user, T + 1 passes of the recommender; v^0 = 0.
 
@@ -46,13 +52,40 @@ def unroll(
         action: one of ops.ACTIONS.
         exclude: CSR rows of items that never enter the list.
         noise: eps of pass t, [B, Z]; None takes z = mu.
+        through_time: gradients of a feedback reach the pass before it.
+        inputs: what the feedback generator sees, of ALL_INPUTS; the rest is 0.
     """
     state = ops.loop_state(hoisted.device)
     reward, feedback = weights(user.reward), weights(user.feedback)
     turns: list[ops.FeedbackStep] = []
-    code = recommender(hoisted, None, noise and noise(0))
+    codes = [recommender(hoisted, None, noise and noise(0))]
+    listed_from = output if through_time else output.detached()
     for t in range(steps):
-        turn = ops.feedback_step(code.u, output, hx, lookup, reward, feedback, k, action, exclude, state)
-        code = recommender(hoisted, turn.feedback, noise and noise(t + 1))
+        u = codes[-1].u if through_time else codes[-1].u.detach()
+        turn = ops.feedback_step(u, listed_from, hx, lookup, reward, feedback, k, action, exclude, state)
+        if inputs != ALL_INPUTS:
+            h = _seen(inputs, turn, u, listed_from, hx, lookup, action, exclude)
+            turn = turn._replace(feedback=ops.mlp(h, feedback))
+        codes.append(recommender(hoisted, turn.feedback, noise and noise(t + 1)))
         turns.append(turn)
-    return Unrolled(code, turns, state)
+    return Unrolled(codes, turns, state)
+
+
+def _seen(
+    inputs: str,
+    turn: ops.FeedbackStep,
+    u: Tensor,
+    output: ops.Table,
+    hx: Tensor,
+    lookup: ops.Table,
+    action: str,
+    exclude: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """[h ; R] of (4) with 0 in place of what the generator does not see. [B, D + 1]"""
+    h = hx if "history" in inputs else torch.zeros_like(hx)
+    if "list" in inputs and action == "softmax":
+        h = ops.fuse_softmax(u, output, h, lookup, exclude)
+    elif "list" in inputs:
+        h = ops.fuse(h, lookup, turn.ids, turn.scores, action)
+    reward = turn.logit.sigmoid() if "reward" in inputs else torch.zeros_like(turn.logit)
+    return torch.cat([h, reward[:, None]], 1)

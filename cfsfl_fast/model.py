@@ -29,12 +29,17 @@ BATCH = 512
 class Loop(NamedTuple):
     """What a pass through the loop gives, and the tables it looked up."""
 
-    code: Code  # of the recommender's pass after the last step
+    codes: list[Code]  # of the recommender's passes t = 0 .. T
     turns: list[ops.FeedbackStep]  # t = 0 .. T - 1
     state: Any  # of ops.loop_state, for operations on the code with the same output layer and exclude
     output: ops.Table
     lookup: ops.Table
     hx: Tensor  # [B, D]
+
+    @property
+    def code(self) -> Code:
+        """Of the pass after the last step."""
+        return self.codes[-1]
 
 
 class Trace(NamedTuple):
@@ -140,8 +145,8 @@ class CFSFL(nn.Module):
         """
         with backends.use_backend(self.backend):
             history, n_users = self._padded(x)
-            code, _, _, output, _, _ = self._loop(history, steps)
-            return F.linear(code.u, output.weight, output.bias)[:n_users]
+            loop = self._loop(history, steps)
+            return F.linear(loop.code.u, loop.output.weight, loop.output.bias)[:n_users]
 
     def unroll(self, x: Any, *, steps: int | None = None) -> Trace:
         """Every step's list, reward and feedback.
@@ -225,7 +230,8 @@ class CFSFL(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`recommend` for one batch of checked rows."""
         history, n_users = self._padded(x)
-        code, _, state, output, _, _ = self._loop(history, steps)
+        loop = self._loop(history, steps)
+        code, state, output = loop.code, loop.state, loop.output
         if not bool(code.u.isfinite().all()):
             raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
         shut = history if exclude_seen else None
@@ -283,7 +289,7 @@ class CFSFL(nn.Module):
         output, lookup = self.output_table(), ops.Table(self.lookup.weight)
         hoisted = self.recommender.hoist(*encoded.csr, weights)
         hx = ops.row_bag(lookup, *seen.csr, seen.mean_weights())
-        code, turns, state = unroll(
+        codes, turns, state = unroll(
             self.recommender,
             self.user,
             hoisted,
@@ -295,8 +301,10 @@ class CFSFL(nn.Module):
             action=self.config.action,
             exclude=exclude,
             noise=noise,
+            through_time=self.config.gradient_through_time,
+            inputs=self.config.feedback_inputs,
         )
-        return Loop(code, turns, state, output, lookup, hx)
+        return Loop(codes, turns, state, output, lookup, hx)
 
     def _left_out(self, exclude: Any, n_users: int) -> Interactions | None:
         if exclude is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 from pathlib import Path
@@ -13,17 +14,17 @@ import torch
 
 from cfsfl_fast import backends, checkpoint, files
 from cfsfl_fast.baselines import MostPopular
-from cfsfl_fast.config import CFSFLConfig
-from cfsfl_fast.datasets import Dataset
-from cfsfl_fast.evaluation import evaluate
+from cfsfl_fast.config import LATER_FIELDS, CFSFLConfig
+from cfsfl_fast.datasets import Dataset, HeldOut
+from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
-from cfsfl_fast.stages import Epoch, OnEpoch, Trainer, fresh_model
+from cfsfl_fast.stages import STAGES, Epoch, OnEpoch, Trainer, fresh_model
 from cfsfl_fast.training import Optimisers
 
 log = logging.getLogger(__name__)
 
-METRICS, STATE, REPORT = "metrics.jsonl", "training.safetensors", "report.json"
+METRICS, STATE, REPORT, USERS = "metrics.jsonl", "training.safetensors", "report.json", "users.npz"
 
 
 class Run(Trainer):
@@ -36,12 +37,14 @@ class Run(Trainer):
         device: where to train.
         backend: of the operations.
         resume: go on from the last finished epoch of `out`.
+        start: the folder of a run whose stage 1 this one takes over instead of training it again.
         show_progress: progress bars on stderr, where that is a terminal.
         on_epoch: called with every epoch's figures.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
-        ValueError: `out` holds a run with another config or of other data; both values are named.
+        ValueError: `out` holds a run with another config or of other data, or `start` one whose stage 1 is another or
+            not finished; both values are named.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Run(Trainer):
         device: torch.device | str = "cpu",
         backend: str = "auto",
         resume: bool = False,
+        start: Path | None = None,
         show_progress: bool = True,
         on_epoch: OnEpoch | None = None,
     ) -> None:
@@ -63,6 +67,9 @@ class Run(Trainer):
         histories = as_interactions(data.train, data.n_items, model.device)
         super().__init__(model, histories, data.validation, show_progress=show_progress, on_epoch=on_epoch)
         self.progress |= {"lines": 0, "data": self._shape()}
+        taken = None
+        if start is not None and not (out / STATE).exists():
+            taken = self._stage_one_of(start)
         if (out / checkpoint.CONFIG).exists():
             if not resume:
                 raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
@@ -70,6 +77,8 @@ class Run(Trainer):
         else:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_description(out, data.n_items, self.config, data.item_ids)
+        if start is not None and taken is not None:
+            self._take_over(start, taken)
 
     def train(self) -> dict[str, Any]:
         """Runs every stage that is not finished, and gives the report: figures of every system on the test users."""
@@ -123,6 +132,37 @@ class Run(Trainer):
             checkpoint.write_model(self.out, self.model.state_dict())
         checkpoint.write_tensors(self.out / STATE, {}, {"progress": json.dumps(self.progress)})
 
+    # Another run's stage 1
+
+    def _stage_one_of(self, start: Path) -> dict[str, Any]:
+        """The progress of another run, whose stage 1 is finished and is this run's too."""
+        theirs = checkpoint.read_json(start / checkpoint.CONFIG)
+        for name, mine in self.config.to_dict().items():
+            found = theirs.get(name)
+            if name == "epochs":
+                name, mine, found = "epochs of stage 1", mine[0], found and found[0]
+            if name not in LATER_FIELDS and found != mine:
+                raise ValueError(f"{start} cannot be started from: its {name} = {found!r}, not {mine!r}")
+        progress: dict[str, Any] = json.loads(checkpoint.read_tensors(start / STATE)[1]["progress"])
+        if progress["data"] != self.progress["data"]:
+            raise ValueError(_other_data(start, progress["data"], self.progress["data"]))
+        if "first_step" not in progress:
+            epoch = progress["epoch"]
+            raise ValueError(f"{start} cannot be started from: its stage 1 is not finished, at epoch {epoch}")
+        return progress
+
+    def _take_over(self, start: Path, theirs: dict[str, Any]) -> None:
+        """Makes another run's stage 1 this run's, as if it had been trained here."""
+        stage, first = STAGES[0], theirs["first_step"]
+        self.model.load_state_dict(checkpoint.read_tensors(start / "stages" / stage / checkpoint.MODEL)[0])
+        self.begin(stage)
+        self.keep(stage)
+        lines = (start / METRICS).read_bytes().splitlines(keepends=True)
+        lines = [line for line in lines if json.loads(line)["stage"] == stage]
+        files.write_bytes(self.out / METRICS, b"".join(lines))
+        self.progress.update(lines=len(lines), step=first, first_step=first, best={stage: theirs["best"][stage]})
+        self._leave(stage)
+
     def _shape(self) -> list[int]:
         train = self.data.train
         return [*train.shape, int(train.nnz), int(np.asarray(train.indices, dtype=np.int64).sum())]
@@ -138,10 +178,7 @@ class Run(Trainer):
         tensors, metadata = checkpoint.read_tensors(self.out / STATE)
         progress = json.loads(metadata["progress"])
         if progress["data"] != self.progress["data"]:
-            raise ValueError(
-                f"{self.out} was trained on other data: users, items, events, sum of ids {progress['data']}, "
-                f"not {self.progress['data']}"
-            )
+            raise ValueError(_other_data(self.out, progress["data"], self.progress["data"]))
         self.progress = progress
         if tensors:
             parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimiser": {}}
@@ -165,7 +202,7 @@ class Run(Trainer):
         judged = {
             "most popular": evaluate(popular.recommend, test.fold_in, test.targets, device=self.device, progress=label)
         }
-        for stage, name in (("recommender", "VAE"), ("control", "VAE, trained on"), ("joint", "CF-SFL")):
+        for stage, name in self.systems.items():
             if stage in self.progress["best"]:
                 self.load(stage)
                 judged[name] = self.judge(test, self.config.steps if stage == "joint" else 0, label)
@@ -176,20 +213,39 @@ class Run(Trainer):
             "best_epochs": {stage: best["epoch"] for stage, best in self.progress["best"].items()},
             "test": {name: {m: list(v) for m, v in found.summary().items()} for name, found in judged.items()},
         }
-        if "CF-SFL" in judged:
-            control = "VAE, trained on" if "VAE, trained on" in judged else "VAE"
-            gain = mean(judged["CF-SFL"].ndcg100 - judged[control].ndcg100)
-            report["gain"] = {"over": control, "NDCG@100": list(gain)}
+        if "joint" in self.progress["best"]:
+            system = self.systems["joint"]
+            control = self.systems["control" if "control" in self.progress["best"] else "recommender"]
+            gain = mean(judged[system].ndcg100 - judged[control].ndcg100)
+            report["gain"] = {"of": system, "over": control, "NDCG@100": list(gain)}
+        write_per_user(self.out / USERS, test, judged)
         files.write_bytes(path, (json.dumps(report, indent=2) + "\n").encode())
         return report
+
+
+def _other_data(folder: Path, theirs: list[int], mine: list[int]) -> str:
+    return f"{folder} was trained on other data: users, items, events, sum of ids {theirs}, not {mine}"
+
+
+def write_per_user(path: Path, held_out: HeldOut, judged: dict[str, Evaluation]) -> None:
+    """Every judged user's metrics as `SYSTEM/METRIC` arrays of an npz, and the users' ids as `users`; no pickle."""
+    users = np.asarray(held_out.user_ids)[np.diff(held_out.targets.indptr) > 0]
+    arrays = {"users": users.astype(str) if users.dtype == object else users}
+    for system, found in judged.items():
+        arrays |= {f"{system}/{metric}": values.numpy() for metric, values in found.per_user().items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    files.write_bytes(path, buffer.getvalue())
 
 
 def table(report: dict[str, Any]) -> str:
     """A run's report as a person reads it."""
     names = ("Recall@20", "Recall@50", "NDCG@100")
-    lines = [f"{'test users: ' + str(report['users']):<18}" + "".join(f"{name:>20}" for name in names)]
+    width = max(18, *(len(system) + 1 for system in report["test"]))
+    lines = [f"{'test users: ' + str(report['users']):<{width}}" + "".join(f"{name:>20}" for name in names)]
     for system, found in report["test"].items():
-        lines.append(f"{system:<18}" + "".join(f"{Mean(*found[name])!s:>20}" for name in names))
+        lines.append(f"{system:<{width}}" + "".join(f"{Mean(*found[name])!s:>20}" for name in names))
     if gain := report.get("gain"):
-        lines.append(f"CF-SFL minus {gain['over']!r}, NDCG@100, paired over users: {Mean(*gain['NDCG@100'])}")
+        value = Mean(*gain["NDCG@100"])
+        lines.append(f"{gain['of']} minus {gain['over']!r}, NDCG@100, paired over users: {value}")
     return "\n".join(lines)

@@ -29,10 +29,10 @@ from cfsfl_fast.training import Optimisers, run_epoch
 log = logging.getLogger(__name__)
 
 STAGES = ("recommender", "control", "reward", "joint")
-"""In order. Each starts from the stage that `_BASES` names."""
+"""In order; the first is what the others start from, the joint stage by way of the reward estimator's."""
 
-_BASES = {"control": "recommender", "reward": "recommender", "joint": "reward"}
-_LABELS = {"recommender": "recommender", "control": "control", "reward": "reward", "joint": "CF-SFL"}
+LABELS = {"vae": "VAE"}
+"""Recommenders as tables name them; others go by their own name."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,19 @@ class Trainer:
     @property
     def stages(self) -> list[str]:
         """The stages that the config asks for."""
-        wanted = {"recommender"}
-        if self.config.steps and self.config.epochs[2]:
-            wanted |= {"reward", "joint"} | ({"control"} if self.config.control else set())
+        config, wanted = self.config, {"recommender"}
+        if config.has_joint_stage:
+            wanted |= {"joint"}
+            wanted |= {"reward"} if config.uses_reward else set()
+            wanted |= {"control"} if config.control else set()
         return [stage for stage in STAGES if stage in wanted]
+
+    @property
+    def systems(self) -> dict[str, str]:
+        """What tables call the recommender after each of the stages that rank."""
+        name = LABELS.get(self.config.recommender, self.config.recommender)
+        after = "CF-SFL" if self.config.steps else f"{name}+R" if self.config.reward_weight else f"{name}, stage 3"
+        return {"recommender": name, "control": f"{name}, trained on", "joint": after}
 
     def run(self) -> None:
         """Runs every stage that is not finished; the model then has the last stage's best weights.
@@ -143,8 +152,8 @@ class Trainer:
         ranked = stage != "reward" and self.validation is not None
         self.begin(stage)
         if self.optimisers is None:
-            if stage in _BASES:
-                self.load(_BASES[stage])
+            if base := self._base(stage):
+                self.load(base)
             self.optimisers = Optimisers(self.model, stage)
             if ranked:
                 self._done(stage, 0, {}, ranked)
@@ -157,6 +166,12 @@ class Trainer:
             self.save_state()
         self.optimisers = None
 
+    def _base(self, stage: str) -> str | None:
+        """The stage whose best weights a stage starts from."""
+        if stage == STAGES[0]:
+            return None
+        return "reward" if stage == "joint" and self.config.uses_reward else STAGES[0]
+
     def _epoch(self, stage: str, epoch: int, n_epochs: int) -> dict[str, float]:
         config = self.config
         number = STAGES.index(stage)
@@ -167,7 +182,7 @@ class Trainer:
         shown = (
             {} if best is None or math.isnan(best) else {"val": f"{self.progress['last']:.4f}", "best": f"{best:.4f}"}
         )
-        label = f"{_LABELS[stage]} {epoch}/{n_epochs}"
+        label = f"{self.systems['joint'] if stage == 'joint' else stage} {epoch}/{n_epochs}"
         with tqdm(
             total=n_users, desc=label, unit=" users", disable=None if self.show_progress else True, leave=False
         ) as bar:
@@ -197,7 +212,7 @@ class Trainer:
             raise FloatingPointError(
                 f"the loss is {figures['loss']} in epoch {epoch} of stage {stage!r}: lower the learning rate"
             )
-        if stage in ("recommender", "control"):
+        if self.optimisers.reward is None:
             figures = {"loss": figures["loss"]}
         elif stage == "reward":
             del figures["loss"]
@@ -234,6 +249,10 @@ class Trainer:
             self.load(stage)
         if stage == "recommender":
             self.progress["first_step"] = self.progress["step"]
+        self._leave(stage)
+
+    def _leave(self, stage: str) -> None:
+        """Goes on to the stage after."""
         after = self.stages[self.stages.index(stage) + 1 :]
         self.progress.update(stage=after[0] if after else "done", epoch=0, step=self.progress["first_step"])
         self.end(stage, after)
@@ -261,5 +280,5 @@ class Trainer:
 
     def end(self, stage: str, after: list[str]) -> None:
         """A stage is over; after: the stages to come."""
-        wanted = {_BASES[later] for later in after}
+        wanted = {self._base(later) for later in after}
         self.kept = {name: weights for name, weights in self.kept.items() if name in wanted}

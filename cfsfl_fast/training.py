@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cfsfl_fast import losses, noise, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.model import CFSFL
+from cfsfl_fast.recommenders import Code
 from cfsfl_fast.virtual_user import weights
 
 DROPOUT, LATENT = 1, 2
@@ -88,8 +89,16 @@ def recommender_step(model: CFSFL, batch: View, eps: Noise, step: int) -> Tensor
     """L_sup of the recommender alone (T = 0), mean over users."""
     recommender = model.recommender
     code = recommender(recommender.hoist(*batch.encoded.csr, batch.weights), None, eps(0))
-    nll, _, _ = ops.linear_nll(code.u, model.output_table(), *batch.targets.csr, batch.mask)
-    return losses.mean(nll + _kl_weight(batch, model.config, step) * recommender.divergence(code))
+    return _supervised(model, batch, code, model.output_table(), step)[0]
+
+
+def _supervised(
+    model: CFSFL, batch: View, code: Code, output: ops.Table, step: int, k: int = 0, state: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_sup of one pass, mean over users, and the list of its K best items."""
+    nll, ids, scores = ops.linear_nll(code.u, output, *batch.targets.csr, batch.mask, k, state)
+    divergence = _kl_weight(batch, model.config, step) * model.recommender.divergence(code)
+    return losses.mean(nll + divergence), ids, scores
 
 
 def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor, Lists]:
@@ -97,21 +106,19 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor
     neither it nor the lookup table.
     """
     config = model.config
-    code, _, state, output, lookup, hx = model.run_loop(
+    codes, _, state, output, lookup, hx = model.run_loop(
         batch.encoded, batch.weights, batch.seen, steps=config.steps, exclude=batch.exclude, noise=eps
     )
-    same_items = batch.mask is batch.exclude  # then loss and list come from one product
-    nll, ids, scores = ops.linear_nll(
-        code.u,
-        output,
-        *batch.targets.csr,
-        batch.mask,
-        config.top_k if same_items else 0,
-        state if same_items else None,
-    )
-    if not same_items:
+    code = codes[-1]
+    if batch.mask is batch.exclude:  # loss and list come from one product
+        loss, ids, scores = _supervised(model, batch, code, output, step, config.top_k, state)
+    else:
+        loss, _, _ = _supervised(model, batch, code, output, step)
         ids, scores = ops.linear_topk(code.u, output, config.top_k, batch.exclude, state)
-    loss = losses.mean(nll + _kl_weight(batch, config, step) * model.recommender.divergence(code))
+    if config.loss_steps == "all":
+        for earlier in codes[:-1]:
+            loss = loss + _supervised(model, batch, earlier, output, step)[0]
+        loss = loss / len(codes)
     if config.reward_weight:
         if config.action == "softmax":
             h = ops.fuse_softmax(code.u, output, hx.detach(), lookup.detached(), batch.exclude)
@@ -125,10 +132,8 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor
 @torch.no_grad()
 def recommended_lists(model: CFSFL, batch: View, eps: Noise, steps: int) -> Lists:
     """The lists a^T of a batch after some steps, for an update of the reward estimator alone."""
-    code, _, state, output, _, _ = model.run_loop(
-        batch.encoded, batch.weights, batch.seen, steps=steps, exclude=batch.exclude, noise=eps
-    )
-    return Lists(*ops.linear_topk(code.u, output, model.config.top_k, batch.exclude, state))
+    loop = model.run_loop(batch.encoded, batch.weights, batch.seen, steps=steps, exclude=batch.exclude, noise=eps)
+    return Lists(*ops.linear_topk(loop.code.u, loop.output, model.config.top_k, batch.exclude, loop.state))
 
 
 def reward_step(model: CFSFL, batch: View, lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +170,7 @@ class Optimisers:
         phi = [n for n in named if n.startswith(("reward.", "lookup."))]
         self.named = named
         self.main = None if stage == "reward" else _adam(named, groups)
-        reward = stage in ("reward", "joint")
+        reward = stage == "reward" or (stage == "joint" and config.uses_reward)
         self.reward = _adam(named, [(phi, config.reward_learning_rate, 0.0)]) if reward else None
 
     def state(self) -> dict[str, Tensor]:

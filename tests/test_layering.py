@@ -16,7 +16,8 @@ ALLOWED = {
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "evaluation", "interactions"}
     | {"metrics", "stages", "training"},
     "stages": {"backends", "config", "datasets", "evaluation", "interactions", "metrics", "model", "training"},
-    "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "virtual_user"},
+    "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "recommenders"}
+    | {"virtual_user"},
     "evaluation": {"metrics", "interactions"},
     "baselines": {"ops", "interactions"},
     "model": {"backends", "checkpoint", "ops", "config", "interactions", "loop", "recommenders", "virtual_user"},

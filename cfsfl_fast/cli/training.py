@@ -24,6 +24,9 @@ from cfsfl_fast.runs import Run, table
     "--config", "config_file", type=click.Path(path_type=Path), help="A json file of fields; options win over it."
 )
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch of the run.")
+@click.option(
+    "--from", "start", type=click.Path(path_type=Path), help="A run whose stage 1 is taken over, not trained again."
+)
 @device_option
 @backend_option
 @config_options
@@ -33,6 +36,7 @@ def train(
     preset: str,
     config_file: Path | None,
     resume: bool,
+    start: Path | None,
     device: str,
     backend: str,
     **options: Any,
@@ -47,7 +51,7 @@ def train(
     fields |= {name: config_field(name, text) for name, text in options.items() if text is not None}
     config = CFSFLConfig.from_dict({**PRESETS[preset], **fields})
     torch.set_flush_denormal(True)
-    run = Run(open_dataset(data), out, config, device=torch_device(device), backend=backend, resume=resume)
+    run = Run(open_dataset(data), out, config, device=torch_device(device), backend=backend, resume=resume, start=start)
     click.echo(table(run.train()))
 
 
