@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,15 @@ class Interactions:
     """The items of B users, ascending and unique within a user: x in {0,1}^(B x M), sparse.
 
     items: [E] int64 in 0..M-1. offsets: [B + 1] int64; user b owns items[offsets[b] : offsets[b + 1]].
+    fixed: shapes do not depend on what the rows hold, and nothing here waits for the device. Then E is a capacity: what
+    stands behind offsets[-1] is room, entries that belong to nobody and hold M; values per entry are 0 there, and a
+    selection has the same E.
     """
 
     items: Tensor
     offsets: Tensor
     n_items: int
+    fixed: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -37,13 +42,13 @@ class Interactions:
 
     @property
     def rows(self) -> Tensor:
-        """The user of every entry. [E]"""
-        users = torch.arange(len(self), device=self.offsets.device)
-        return torch.repeat_interleave(users, self.counts, output_size=len(self.items))
+        """The user of every entry, B behind the last. [E]"""
+        users = torch.arange(len(self) + 1, device=self.offsets.device)
+        return _repeated(users, self.offsets, len(self.items))
 
     def spread(self, per_user: Tensor) -> Tensor:
-        """A value per user, laid out over the user's entries. [B] -> [E]"""
-        return torch.repeat_interleave(per_user, self.counts, output_size=len(self.items))
+        """A value per user, laid out over the user's entries; 0 behind the last. [B] -> [E]"""
+        return _repeated(F.pad(per_user, (0, 1)), self.offsets, len(self.items))
 
     def unit_weights(self) -> Tensor:
         """The entries of x / ||x||_2. [E] float32"""
@@ -53,35 +58,69 @@ class Interactions:
         """The entries of x / |x|. [E] float32"""
         return self.spread(self.counts.clamp_min(1).float().reciprocal())
 
-    def take(self, users: Tensor) -> Interactions:
-        """The rows of some users, in the order given. users: [B'] int64"""
-        counts = self.counts[users]
-        offsets = torch.zeros(len(users) + 1, dtype=torch.int64, device=counts.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        n_entries = int(offsets[-1])
-        shift = torch.repeat_interleave(self.offsets[users] - offsets[:-1], counts, output_size=n_entries)
-        entries = torch.arange(n_entries, device=counts.device) + shift
-        return Interactions(self.items[entries], offsets, self.n_items)
+    def take(self, users: Tensor, capacity: int | None = None) -> Interactions:
+        """The rows of some users, in the order given.
+
+        Args:
+            users: [B'] int64.
+            capacity: E of the answer, which is `fixed` then; at least as many entries as these users have.
+        """
+        first = self.offsets[users]
+        offsets = F.pad((self.offsets[users + 1] - first).cumsum(0), (1, 0))
+        n_entries = int(offsets[-1]) if capacity is None else capacity
+        place = torch.arange(n_entries, device=offsets.device)
+        source = place + _repeated(F.pad(first - offsets[:-1], (0, 1)), offsets, n_entries)
+        if capacity is None:
+            return Interactions(self.items[source], offsets, self.n_items)
+        if len(self.items) == 0:
+            return Interactions(torch.full_like(source, self.n_items), offsets, self.n_items, fixed=True)
+        items = self.items[source.clamp_max_(len(self.items) - 1)]
+        return Interactions(items.where(place < offsets[-1], self.n_items), offsets, self.n_items, fixed=True)
 
     def where(self, keep: Tensor) -> Interactions:
         """The same users with some of their entries. keep: [E] bool"""
-        kept = torch.zeros(len(keep) + 1, dtype=torch.int64, device=keep.device)
-        torch.cumsum(keep, 0, out=kept[1:])
-        return Interactions(self.items[keep], kept[self.offsets], self.n_items)
+        if self.fixed:
+            keep = keep & (self.items < self.n_items)
+        kept = F.pad(keep.cumsum(0), (1, 0))
+        return Interactions(self.pick(keep, self.items, self.n_items), kept[self.offsets], self.n_items, self.fixed)
 
-    def padded(self, n_users: int) -> Interactions:
-        """The same rows and empty ones behind them, n_users in all."""
-        more = self.offsets[-1:].expand(n_users - len(self))
-        return Interactions(self.items, torch.cat([self.offsets, more]), self.n_items)
+    def pick(self, keep: Tensor, values: Tensor, behind: float = 0) -> Tensor:
+        """Values of the entries that `where(keep)` leaves, and `behind` in the room. [E]"""
+        if not self.fixed:
+            return values[keep]
+        keep = keep & (self.items < self.n_items)
+        n = len(values)
+        place = torch.where(keep, keep.cumsum(0) - 1, n)  # the others meet in a place that is cut off
+        return values.new_full((n + 1,), behind).scatter_(0, place, values)[:n]
+
+    def padded(self, n_users: int, capacity: int | None = None) -> Interactions:
+        """The same rows and empty ones behind them, n_users in all; with a capacity E it is `fixed`."""
+        offsets = torch.cat([self.offsets, self.offsets[-1:].expand(n_users - len(self))])
+        if capacity is None:
+            return Interactions(self.items, offsets, self.n_items, self.fixed)
+        items = F.pad(self.items, (0, capacity - len(self.items)), value=self.n_items)
+        return Interactions(items, offsets, self.n_items, fixed=True)
+
+    def exact(self) -> Interactions:
+        """The same rows without entries behind the last; waits for the device."""
+        if not self.fixed:
+            return self
+        return Interactions(self.items[: int(self.offsets[-1])], self.offsets, self.n_items)
 
     def union(self, other: Interactions) -> Interactions:
         """Row by row, the items of either."""
-        rows = torch.cat([self.rows, other.rows])
-        return from_pairs(rows, torch.cat([self.items, other.items]), len(self), self.n_items)
+        both = self.exact(), other.exact()
+        rows, items = torch.cat([x.rows for x in both]), torch.cat([x.items for x in both])
+        return from_pairs(rows, items, len(self), self.n_items)
 
     def to(self, device: torch.device | str) -> Interactions:
         """The same rows on a device."""
-        return Interactions(self.items.to(device), self.offsets.to(device), self.n_items)
+        return Interactions(self.items.to(device), self.offsets.to(device), self.n_items, self.fixed)
+
+
+def _repeated(values: Tensor, offsets: Tensor, n_entries: int) -> Tensor:
+    """values[b] in every place of row b, and the last value behind the last row. values [B + 1] -> [n_entries]"""
+    return torch.repeat_interleave(values, F.pad(offsets, (0, 1), value=n_entries).diff(), output_size=n_entries)
 
 
 def from_pairs(rows: Tensor, items: Tensor, n_users: int, n_items: int) -> Interactions:

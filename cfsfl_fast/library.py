@@ -5,6 +5,8 @@ What runs where no kernel of ours can, on any device that PyTorch knows. Shapes 
 Traffic   One [B, chunk] block of scores at a time, in a buffer that is used again: fresh pages cost a CPU 15-20 %
           (`benches/bench_loop.py`). Gradients of looked-up rows are sorted by item once and summed in item order:
           no atomics, the same bits on every run.
+Room      Entries behind offsets[-1] belong to no row and hold an item id of M. They meet in a row that is cut off:
+          cutting them off first would wait for the device.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class _Scratch:
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialised matrix [rows, columns] of like's dtype and device."""
         size = rows * columns
+        if like.is_cuda:  # its allocator keeps pages, and memory of a captured graph must not get out of it
+            return like.new_empty(rows, columns)
         for i, buffer in enumerate(self.free):
             if buffer.dtype == like.dtype and buffer.device == like.device and buffer.numel() >= size:
                 del self.free[i]
@@ -39,6 +43,8 @@ class _Scratch:
 
     def give(self, block: Tensor) -> None:
         """Takes a block back; nobody may use it afterwards."""
+        if block.is_cuda:
+            return
         self.free = [torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage()), *self.free][
             :2
         ]
@@ -48,23 +54,26 @@ scratch = _Scratch()
 
 
 def rows_of(offsets: Tensor, n_entries: int) -> Tensor:
-    """The row of every CSR entry. [E]"""
-    rows = torch.arange(len(offsets) - 1, device=offsets.device)
-    return torch.repeat_interleave(rows, offsets.diff(), output_size=n_entries)
+    """The row of every CSR entry, B behind the last. [E]"""
+    rows = torch.arange(len(offsets), device=offsets.device)
+    return torch.repeat_interleave(rows, F.pad(offsets, (0, 1), value=n_entries).diff(), output_size=n_entries)
 
 
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
-    return F.embedding_bag(
-        items, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )  # fmt: skip
+    ends = F.pad(offsets, (0, 1), value=len(items))
+    bags = F.embedding_bag(
+        items.clamp_max(len(table) - 1), table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+    return bags[:-1]
 
 
 def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, n_items: int) -> Tensor:
     """The gradient of `row_bag` for its table [M, D]: the bag of the transposed matrix."""
     order = items.argsort(stable=True)
     rows = rows_of(offsets, len(items))[order]
-    item_offsets = F.pad(torch.bincount(items, minlength=n_items).cumsum(0), (1, 0))
+    counts = items.new_zeros(n_items + 1).index_add_(0, items, torch.ones_like(items))  # bincount waits for a device
+    item_offsets = F.pad(counts[:n_items].cumsum(0), (1, 0))
     return row_bag(dout, rows, item_offsets, None if weights is None else weights[order])
 
 
@@ -99,12 +108,11 @@ def _chunks(n_users: int, n_items: int) -> Iterator[tuple[int, int]]:
 
 def _score(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None, start: int, stop: int) -> Tensor:
     """Scores of the items start..stop, -inf where excluded, in a scratch block. [B, stop - start]"""
-    scores = scratch.take(len(u), stop - start, u)
+    block = scratch.take(len(u) + 1, stop - start, u)
+    scores = block[:-1]
     torch.addmm(bias[start:stop], u, weight[start:stop].T, out=scores)
     if exclude is not None:
-        items, offsets = exclude
-        inside = _inside(items, start, stop, len(weight))
-        scores[rows_of(offsets, len(items))[inside], items[inside] - start] = float("-inf")
+        block[_inside(*exclude, start, stop)] = float("-inf")
     return scores
 
 
@@ -121,9 +129,11 @@ def _extended(old: tuple[Tensor, Tensor] | None, scores: Tensor, start: int, k: 
     return torch.cat([old[0], ids], 1).gather(1, order[:, :k]), best[:, :k].contiguous()
 
 
-def _inside(items: Tensor, start: int, stop: int, n_items: int) -> Tensor | slice:
-    """Which CSR entries a chunk of the catalogue holds."""
-    return slice(None) if stop - start == n_items else (items >= start) & (items < stop)
+def _inside(items: Tensor, offsets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every CSR entry in a chunk of the catalogue; row B for those that are not there. [E] twice"""
+    rows = rows_of(offsets, len(items))
+    rows = rows.masked_fill((items < start) | (items >= stop), len(offsets) - 1)
+    return rows, (items - start).clamp_(0, stop - start - 1)
 
 
 def loop_state() -> None:
@@ -158,16 +168,15 @@ def linear_nll(
 
     The last is [B, M] where the catalogue is one chunk, else None.
     """
-    rows = rows_of(offsets, len(items))
     counts = offsets.diff()
     lse = u.new_full((len(u),), float("-inf"))
-    hit = u.new_zeros(len(u))
+    hit = u.new_zeros(len(u) + 1)
     found = None
     kept = None
     for start, stop in _chunks(len(u), len(weight)):
         scores = _score(u, weight, bias, exclude, start, stop)
-        inside = _inside(items, start, stop, len(weight))
-        hit.index_add_(0, rows[inside], scores[rows[inside], items[inside] - start])
+        rows, columns = _inside(items, offsets, start, stop)
+        hit.index_add_(0, rows, scores[rows.clamp_max(len(u) - 1), columns])
         if k:
             found = _extended(found, scores, start, k)
         peak = scores.amax(1)
@@ -178,7 +187,7 @@ def linear_nll(
             kept = scores.mul_(total.reciprocal_().nan_to_num_(posinf=0)[:, None])
         else:
             scratch.give(scores)
-    nll = torch.where(counts > 0, lse * counts, 0) - hit
+    nll = torch.where(counts > 0, lse * counts, 0) - hit[:-1]
     return nll, lse, found or exact_topk(u.new_empty(len(u), 0), 0), kept
 
 
@@ -194,8 +203,8 @@ def linear_nll_backward(
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x), a chunk of items at a time."""
-    rows = rows_of(offsets, len(items))
     scale = (dnll * offsets.diff())[:, None]
+    hits = F.pad(-dnll, (0, 1))
     lse = lse.masked_fill(lse == float("-inf"), 0)[:, None]
     du = torch.zeros_like(u)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -203,8 +212,8 @@ def linear_nll_backward(
     for start, stop in _chunks(len(u), len(weight)):
         ds = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_() if kept is None else kept
         ds.mul_(scale)
-        inside = _inside(items, start, stop, len(weight))
-        ds.index_put_((rows[inside], items[inside] - start), -dnll[rows[inside]], accumulate=True)
+        rows, columns = _inside(items, offsets, start, stop)
+        ds.index_put_((rows.clamp_max(len(u) - 1), columns), hits[rows], accumulate=True)
         du.addmm_(ds, weight[start:stop])
         torch.mm(ds.T, u, out=dweight[start:stop])
         torch.sum(ds, 0, out=dbias[start:stop])

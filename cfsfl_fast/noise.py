@@ -7,6 +7,7 @@ arithmetic, which wraps. Nothing is kept between calls, so a run that resumes re
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +25,31 @@ def _signed(x: int) -> int:
 _GOLDEN, _FIRST, _SECOND = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
+def _mix(x: Any) -> Any:
+    """SplitMix64's finaliser of a tensor or of a number."""
+    if isinstance(x, Tensor):
+        x = (x ^ _shift(x, 30)) * _FIRST
+        x = (x ^ _shift(x, 27)) * _SECOND
+        return x ^ _shift(x, 31)
+    x &= (1 << 64) - 1
+    x = (x ^ (x >> 30)) * _FIRST & ((1 << 64) - 1)
+    x = (x ^ (x >> 27)) * _SECOND & ((1 << 64) - 1)
+    return _signed(x ^ (x >> 31))
+
+
+def _stepped(x: Any) -> Any:
+    return x + _GOLDEN if isinstance(x, Tensor) else _signed(x + _GOLDEN)
 
 
 def bits(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """64 random bits for every combination of keys, which broadcast. int64"""
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    """64 random bits for every combination of keys, which broadcast. int64
+
+    Numbers are mixed on the host, and tensors where they are: nothing is sent to a device.
+    """
+    state: Any = 0
     for key in keys:
-        state = _mix((state + _GOLDEN) ^ _mix(torch.as_tensor(key, device=device) + _GOLDEN))
-    return state
+        state = _mix(_stepped(state) ^ _mix(_stepped(key)))
+    return state if isinstance(state, Tensor) else torch.full((), state, dtype=torch.int64, device=device)
 
 
 def uniform(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:

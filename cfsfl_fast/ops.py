@@ -5,15 +5,21 @@ Every operation is one function here and one of the same name in each implementa
 
 Gradients of looked-up rows are sparse: a `Table` collects them from every step of the loop and sums them once, so that
 no dense gradient of a table exists for a step t < T.
+
+CSR rows may have room: entries behind offsets[-1], which belong to no row, hold the item id M and any finite weight.
+No operation looks at them (`tests/test_room.py`). On a CPU they are cut off here; on a device that would mean waiting
+for it, and the implementations step over them.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from cfsfl_fast import library, reference
 from cfsfl_fast.backends import implementation
@@ -59,23 +65,19 @@ class _Collect(torch.autograd.Function):
         (n_items, _), bias_shape = ctx.shapes
         parts, ctx.sink[:] = list(ctx.sink), []
         items = torch.cat([p.items for p in parts])
-        offsets = _joined_offsets([p.offsets for p in parts])
         weights = torch.cat([p.source.new_ones(len(p.items)) if p.weights is None else p.weights for p in parts])
-        source = torch.cat([p.source for p in parts])
+        # Behind each part's rows one more, of zeros, owns its room.
+        starts = accumulate(len(p.items) for p in parts)
+        offsets = torch.cat([parts[0].offsets, *(p.offsets + s for p, s in zip(parts[1:], starts, strict=False))])
+        offsets = F.pad(offsets, (0, 1), value=len(items))
+        zeros = parts[0].source.new_zeros(1, parts[0].source.shape[1])
+        source = torch.cat([rows for p in parts for rows in (p.source, zeros)])
         looked_up = ctx.impl.row_bag_backward(source, items, offsets, weights, n_items)
         dweight = looked_up if dweight is None else looked_up.add_(dweight)
         if bias_shape is not None:
-            looked_up = weights.new_zeros(n_items).index_add_(0, items, weights)
+            looked_up = weights.new_zeros(n_items + 1).index_add_(0, items, weights)[:n_items]
             dbias = looked_up if dbias is None else looked_up.add_(dbias)
         return dweight, dbias, None, None
-
-
-def _joined_offsets(offsets: list[Tensor]) -> Tensor:
-    joined, end = [offsets[0]], offsets[0][-1:]
-    for more in offsets[1:]:
-        joined.append(more[1:] + end)
-        end = joined[-1][-1:] if len(more) > 1 else end
-    return torch.cat(joined)
 
 
 class Table:
@@ -109,6 +111,11 @@ class Table:
 # The operations
 
 
+def _bounded(items: Tensor, offsets: Tensor) -> CSR:
+    """CSR rows as implementations take them: on a CPU, entries behind the last row are cut off."""
+    return (items, offsets) if items.is_cuda or len(offsets) == 0 else (items[: int(offsets[-1])], offsets)
+
+
 class _RowBag(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -132,13 +139,14 @@ def row_bag(table: Table, items: Tensor, offsets: Tensor, weights: Tensor | None
     Args:
         table: [M, D].
         items: [E] int64 in 0..M-1.
-        offsets: [B + 1] int64, ascending from 0 to E.
+        offsets: [B + 1] int64, ascending from 0 to E, or to less where the rows have room.
         weights: [E] of any float dtype, None for ones; no gradient.
 
     Returns:
         [B, D]; an empty row gives 0.
     """
-    weights = None if weights is None else weights.to(table.weight.dtype)
+    items, offsets = _bounded(items, offsets)
+    weights = None if weights is None else weights[: len(items)].to(table.weight.dtype)
     impl = implementation(table.weight.device)
     if impl is reference:
         return reference.row_bag(table.weight, items, offsets, weights)
@@ -194,6 +202,7 @@ def linear_topk(
     Returns:
         ids [B, K] int64, score descending, ties to the smaller id, padded with -1; scores [B, K], padded with -inf.
     """
+    exclude = exclude and _bounded(*exclude)
     impl = implementation(u.device)
     if impl is reference:
         return reference.linear_topk(u, output.weight, output.bias, k, exclude)
@@ -279,6 +288,7 @@ def fuse_softmax(u: Tensor, output: Table, hx: Tensor, lookup: Table, exclude: C
 
     Differentiable in everything; excluded items have probability 0. Arguments as in `feedback_step`.
     """
+    exclude = exclude and _bounded(*exclude)
     if implementation(u.device) is reference:
         return reference.fuse_softmax(u, output.weight, output.bias, hx, lookup.weight, exclude)
     return hx + _FuseSoftmax.apply(u, output.weight, output.bias, lookup.weight, exclude)
@@ -345,6 +355,7 @@ def feedback_step(
         exclude: CSR rows of items that never enter the list.
         state: of `loop_state`.
     """
+    exclude = exclude and _bounded(*exclude)
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {', '.join(ACTIONS)}; got {action!r}")
     impl = implementation(u.device)
@@ -414,6 +425,8 @@ def linear_nll(
     Returns:
         loss [B] (0 where x is empty), ids [B, K], scores [B, K]; differentiable in u, weight and bias.
     """
+    items, offsets = _bounded(items, offsets)
+    exclude = exclude and _bounded(*exclude)
     impl = implementation(u.device)
     if impl is reference:
         nll = reference.linear_nll(u, output.weight, output.bias, items, offsets, exclude)

@@ -22,6 +22,10 @@ def test_bits_are_splitmix64_over_the_keys() -> None:
         for key in keys:
             state = mix(((state + golden) & MASK) ^ mix((key + golden) & MASK))
         assert int(noise.bits(*keys)) & MASK == state
+        for n_numbers in range(len(keys)):  # numbers and tensors are one key
+            mixed = [*keys[:n_numbers], *(torch.tensor(key) for key in keys[n_numbers:])]
+            assert int(noise.bits(*mixed)) & MASK == state
+            assert int(noise.bits(*reversed(mixed))) == int(noise.bits(*reversed(keys)))
 
 
 def test_a_number_does_not_depend_on_its_neighbours() -> None:

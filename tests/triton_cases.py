@@ -435,6 +435,40 @@ def test_gradients_through_ops(action: str) -> None:
 # As PyTorch operators
 
 
+# Room behind the rows: entries of no row, with an id out of range
+
+
+def test_room_is_not_looked_at() -> None:
+    B, M, D = 21, 150, 9
+    (items, offsets), exclude = csr(B, M, 14), csr(B, M, 6)
+    items[: len(items) * 3 // 4] = 3  # a hot item's splits
+    weights, table, dout, dnll = normal(len(items)), normal(M, D), normal(B, D), normal(B)
+    step = step_inputs(B, M, 7, 12, 20, 9)
+
+    def roomy(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.cat([rows[0], rows[0].new_full((777,), M)]), rows[1]
+
+    answers = []
+    for x, w, gone in (
+        ((items, offsets), weights, exclude),
+        (roomy((items, offsets)), torch.cat([weights, weights.new_full((777,), 1e6)]), roomy(exclude)),
+    ):
+        nll, lse, lists, kept = kernels.linear_nll(*step[:3], *x, gone, 5)
+        answers.append(
+            [
+                kernels.row_bag(table, *x, w),
+                kernels.row_bag_backward(dout, *x, w, M),
+                kernels.row_bag_backward(dout, *x, None, M),
+                *kernels.feedback_step(*step, 10, "topk_softmax", gone),
+                *kernels.linear_topk(*step[:3], 20, gone),
+                nll, lse, *lists,
+                *kernels.linear_nll_backward(dnll, *step[:3], *x, gone, lse, kept),
+            ]
+        )  # fmt: skip
+    for i, (exact, found) in enumerate(zip(*answers, strict=True)):
+        assert torch.equal(exact, found), i
+
+
 def operators() -> dict[str, tuple[Any, ...]]:
     u, weight, bias, hx, lookup, reward, feedback = step_inputs(3, 40, 3, 12, 20, 9)
     x, gone = csr(3, 40, 5), csr(3, 40, 7)
