@@ -136,13 +136,13 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
     """Histories in any of the accepted forms, as checked CSR rows on a device.
 
     Args:
-        x: `Interactions`; a scipy sparse matrix or array; a torch sparse (CSR or COO) or dense tensor; a dense NumPy
-            array, each [B, M], an entry > 0 meaning that the user has the item; or a pair (items [E], offsets [B + 1]).
+        x: `Interactions`; a scipy sparse matrix or array, a torch tensor, sparse or dense, or a dense NumPy array, each
+            [B, M], an entry > 0 meaning that the user has the item; or a pair (items [E], offsets [B + 1]).
         n_items: M.
         device: where the rows go.
 
     Raises:
-        TypeError: x is none of these.
+        TypeError: x is none of these, or its entries are no real numbers.
         ValueError: the width is not M (both are named), an id is out of range, a value is negative, NaN or infinite,
             ids are not integers, or offsets do not ascend from 0 to E. Unsorted ids, duplicates and zeros are repaired.
     """
@@ -151,13 +151,13 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
         return x.to(device)
     if isinstance(x, tuple) and len(x) == 2:
         return _from_offsets(*x, n_items).to(device)
-    if isinstance(x, Tensor) and x.layout in (torch.sparse_csr, torch.sparse_coo):
+    if isinstance(x, Tensor) and x.layout != torch.strided:
         _check_width(x.shape, n_items)
         coo = x.detach().to_sparse_coo().coalesce().cpu()
         rows, items = coo.indices()
         return _from_triplets(rows, items, coo.values(), x.shape[0], n_items).to(device)
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.ascontiguousarray(x))
+        x = _numbers(np.ma.filled(x, 0))
     if isinstance(x, Tensor):
         _check_width(x.shape, n_items)
         dense = x.detach().cpu()
@@ -166,15 +166,25 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
     if sp.issparse(x):
         _check_width(x.shape, n_items)
         return _from_scipy(x, n_items).to(device)
+    shape = f" of shape {x.shape}" if hasattr(x, "shape") else ""
+    hint = "; scipy.sparse.csr_matrix((values, (users, items))) makes a matrix of columns" if shape else ""
     raise TypeError(
-        "histories must be a scipy sparse matrix, a torch tensor (sparse or dense), a NumPy array or a pair "
-        f"(items, offsets); got {type(x).__name__}"
+        f"histories must be [B, {n_items}], a scipy sparse matrix, a torch tensor or a NumPy array, or a pair "
+        f"(items, offsets); got {type(x).__name__}{shape}{hint}"
     )
+
+
+def _numbers(values: np.ndarray) -> Tensor:
+    """The entries of a matrix in a dtype that torch computes with."""
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"entries of histories must be real numbers; got {values.dtype}")
+    unusual = values.dtype.itemsize > 8 or (values.dtype.kind == "u" and values.dtype.itemsize > 1)
+    return torch.from_numpy(np.ascontiguousarray(values, np.float64 if unusual else None))
 
 
 def _from_scipy(x: Any, n_items: int) -> Interactions:
     csr = x.tocsr()
-    values = torch.tensor(csr.data)
+    values = _numbers(csr.data)
     if csr.has_canonical_format and bool((values > 0).all()) and bool(values.isfinite().all()):
         items, offsets = (torch.from_numpy(ids.astype(np.int64)) for ids in (csr.indices, csr.indptr))
         _check_range(items, n_items)
@@ -193,6 +203,8 @@ def _check_width(shape: Any, n_items: int) -> None:
 
 
 def _from_triplets(rows: Tensor, items: Tensor, values: Tensor, n_users: int, n_items: int) -> Interactions:
+    if values.is_complex():
+        raise TypeError(f"entries of histories must be real numbers; got {values.dtype}")
     if values.is_floating_point() and not bool(values.isfinite().all()):
         raise ValueError("histories hold NaN or infinite values; every entry must be 0 or positive")
     if values.dtype != torch.bool and bool((values < 0).any()):

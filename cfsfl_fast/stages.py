@@ -130,6 +130,24 @@ class Trainer:
                 self._next()
         self.model.eval()
 
+    def go_on(self, stage: str, optimisers: Optimisers, done: int, epochs: int) -> None:
+        """Trains the model on by one stage, the KL term at its cap.
+
+        Args:
+            optimisers: of the stage; they keep their moments.
+            done: epochs of the stage so far, which key the random numbers.
+            epochs: how many more.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite.
+        """
+        self.optimisers = optimisers
+        self.progress["step"] = self.config.anneal_steps
+        with backends.flushed_denormals(), backends.use_backend(self.model.backend):
+            for epoch in range(done + 1, done + epochs + 1):
+                self._tell(Epoch(stage, epoch, self.progress["step"], self._epoch(stage, epoch, done + epochs), None))
+        self.model.eval()
+
     def judge(self, held_out: HeldOut, steps: int, label: str | None) -> Evaluation:
         """The model's metrics on held-out users after some feedback steps; label: of a progress bar."""
 
@@ -225,9 +243,11 @@ class Trainer:
             assert self.validation is not None
             score = self.judge(self.validation, self.config.steps if stage == "joint" else 0, None).summary()
             self.progress["last"] = score["NDCG@100"].value
-        record = Epoch(stage, epoch, self.progress["step"], figures, score)
-        self.log_epoch(record)
         self._keep_best(stage, epoch, ranked)
+        self._tell(Epoch(stage, epoch, self.progress["step"], figures, score))
+
+    def _tell(self, record: Epoch) -> None:
+        self.log_epoch(record)
         if self.on_epoch is not None:
             self.on_epoch(record)
 

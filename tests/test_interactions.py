@@ -31,6 +31,11 @@ FORMS = {
     "offsets": (torch.tensor(ITEMS), torch.tensor(OFFSETS)),
     "int32 lists": (np.array(ITEMS, np.int32), OFFSETS),
     "unsorted offsets": (torch.tensor([3, 1, 4, 3, 2, 1, 0, 4]), torch.tensor(OFFSETS)),
+    "torch csc": torch.from_numpy(DENSE).to_sparse_csc(),
+    "unsigned": DENSE.astype(np.uint16),
+    "unsigned csr": sp.csr_matrix(DENSE.astype(np.uint64)),
+    "long double": sp.csr_matrix(DENSE.astype(np.longdouble)),
+    "masked": np.ma.masked_array(np.ones_like(DENSE), DENSE == 0),
     "itself": Interactions(torch.tensor(ITEMS), torch.tensor(OFFSETS), 5),
 }
 
@@ -59,6 +64,9 @@ def test_every_form_gives_the_same_rows(form: str) -> None:
         ((torch.tensor([1]), torch.tensor([], dtype=torch.int64)), ValueError, "must ascend"),
         ("histories", TypeError, "got str"),
         ([[0, 1]], TypeError, "got list"),
+        (np.zeros((1, 5), complex), TypeError, "real numbers; got complex128"),
+        (torch.zeros(1, 5, dtype=torch.complex64), TypeError, "real numbers; got torch.complex64"),
+        (np.array([["a"] * 5]), TypeError, "real numbers; got <U1"),
     ],
 )
 def test_what_is_refused(x: object, error: type[Exception], words: str) -> None:

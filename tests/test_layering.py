@@ -18,6 +18,9 @@ ALLOWED = {
     "stages": {"backends", "config", "datasets", "evaluation", "interactions", "metrics", "model", "training"},
     "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "recommenders"}
     | {"virtual_user"},
+    "estimator": {"backends", "ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
+    | {"training"},
+    "holdout": {"datasets", "interactions"},
     "evaluation": {"metrics", "interactions"},
     "baselines": {"ops", "interactions"},
     "model": {"backends", "checkpoint", "ops", "config", "interactions", "loop", "recommenders", "virtual_user"},
@@ -31,7 +34,7 @@ ALLOWED = {
     "metrics": {"interactions"},
     "checkpoint": {"config", "files"},
     "testing": {"backends", "library", "reference", "ops", "interactions"},
-    "__init__": {"config", "model"},
+    "__init__": {"config", "estimator", "model"},
     "__main__": {"cli"},
 }
 
