@@ -7,7 +7,7 @@ RESULTS ?= benches/results
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test bench asan kernel-report lint format clean
+.PHONY: demo test chaos bench asan kernel-report lint format clean
 
 # Threads wait without spinning: the machine may be busy.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -17,6 +17,9 @@ demo: $(DONE)
 
 test: $(DONE)
 	$(BIN)/python -m pytest
+
+chaos: $(DONE)
+	$(BIN)/python -m tests.chaos
 
 bench: $(DONE)
 	$(BIN)/python -m pytest benches --results $(RESULTS)

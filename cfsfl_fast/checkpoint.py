@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from cfsfl_fast import files
 from cfsfl_fast.config import FORMAT_VERSION, CFSFLConfig
 
 CONFIG, MODEL, ITEM_IDS = "config.json", "model.safetensors", "item_ids.npy"
+_METADATA = "cfsfl"
 
 
 class SavedModel(NamedTuple):
@@ -69,6 +71,10 @@ def load_model(folder: Path) -> SavedModel:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is truncated, altered or of a newer format.
     """
+    return files.read_whole(folder, _load_model)
+
+
+def _load_model(folder: Path) -> SavedModel:
     described = read_json(folder / CONFIG)
     version = described.pop("format_version", None)
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
@@ -110,10 +116,22 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file with the digest of its tensors, whole or not at all."""
+    """Writes a safetensors file with the digest of its tensors, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with files.replacing(path) as staged:
-        save_file(held, staged, {**metadata, "sha256": _digest(held, metadata)})
+        try:
+            described = {**metadata, "sha256": _digest(held, metadata)}
+            # One entry: of several, the library's order changes from call to call, and with it the file's bytes.
+            save_file(held, staged, {_METADATA: json.dumps(described, sort_keys=True)})
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         os.chmod(staged, 0o644)
 
 
@@ -124,15 +142,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: there is none.
         ValueError: it is truncated or altered.
     """
+    return files.read_whole(path, _read_tensors)  # the library opens a file twice, for the header and for the tensors
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            found = file.metadata() or {}
+            metadata = json.loads(found[_METADATA]) if _METADATA in found else dict(found)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} is truncated or altered ({error})") from None
-    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+    if not isinstance(metadata, dict) or metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError(f"{path} is altered: its tensors do not have the digest that was written with them")
     return tensors, metadata
 

@@ -348,6 +348,8 @@ def test_what_a_kill_left_half_written_is_removed(toy: Dataset, tmp_path: Path) 
     run(toy, tmp_path / "run").train()
     for name in ("metrics.jsonl", "training.safetensors", "stages/joint/model.safetensors", "report.json"):
         path = tmp_path / "run" / name
-        path.with_name(f".{path.name}.partial-1").write_bytes(b"half")
+        left = path.with_name(f".{path.name}.partial-1")
+        left.mkdir()
+        (left / path.name).write_bytes(b"half")
     Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), resume=True, show_progress=False)
     assert not list((tmp_path / "run").rglob(".*"))

@@ -12,9 +12,7 @@ from cfsfl_fast.cli import data, doctor, inference, training
 
 _EXPECTED = (
     ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
+    OSError,
     FloatingPointError,
     ImportError,
     backends.BackendError,

@@ -153,6 +153,10 @@ def open_dataset(path: str | Path) -> Dataset:
                 f"{path.name}: expected a prepared folder or a compact .npz; raw data needs `prepare` first"
             )
         return load_source(path)
+    return files.read_whole(path, _open_folder)
+
+
+def _open_folder(path: Path) -> Dataset:
     manifest = _read_manifest(path)
     arrays = {name: _open_array(path, name, manifest) for name in _ARRAYS}
     n_items = manifest["n_items"]
