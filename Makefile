@@ -7,7 +7,7 @@ RESULTS ?= benches/results
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test chaos bench asan kernel-report lint format clean
+.PHONY: demo test chaos adapters bench asan kernel-report lint format clean
 
 # Threads wait without spinning: the machine may be busy.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -20,6 +20,16 @@ test: $(DONE)
 
 chaos: $(DONE)
 	$(BIN)/python -m tests.chaos
+
+# Each in an environment of its own, .venv-LIBRARY: they pin other packages.
+adapters:
+	for library in rectools recbole lenskit; do \
+	    bin=.venv-$$library/bin; \
+	    test -x $$bin/python || $(PYTHON) -m venv .venv-$$library; \
+	    $$bin/python -m pip install --quiet "$(TORCH)" && \
+	    $$bin/python -m pip install --quiet --editable ".[$$library]" pytest && \
+	    $$bin/python -m pytest tests/test_adapters.py || exit 1; \
+	done
 
 bench: $(DONE)
 	$(BIN)/python -m pytest benches --results $(RESULTS)
@@ -51,4 +61,4 @@ format: $(DONE)
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 clean:
-	rm -rf build dist *.egg-info cfsfl_fast/*.so demo $(VENV)
+	rm -rf build dist *.egg-info cfsfl_fast/*.so demo $(VENV) .venv-*

@@ -34,6 +34,7 @@ ALLOWED = {
     "metrics": {"interactions"},
     "checkpoint": {"config", "files"},
     "testing": {"backends", "library", "reference", "ops", "interactions"},
+    "adapters": {"config", "estimator", "interactions", "model", "stages"},
     "__init__": {"config", "estimator", "model"},
     "__main__": {"cli"},
 }
@@ -54,7 +55,7 @@ def imports(path: Path) -> set[str]:
 
 
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
-COMMANDS = sorted((PACKAGE / "cli").glob("*.py"))
+GROUPS = sorted((PACKAGE / "cli").glob("*.py")) + sorted((PACKAGE / "adapters").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -62,9 +63,10 @@ def test_a_module_imports_what_stands_below_it(name: str) -> None:
     assert imports(FILES[name]) <= ALLOWED.get(name, set()), f"{name} may import {sorted(ALLOWED.get(name, set()))}"
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-def test_a_command_imports_what_stands_below_it(path: Path) -> None:
-    assert imports(path) <= ALLOWED["cli"] | {"cli"}
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_commands_and_adapters_import_what_stands_below_them(path: Path) -> None:
+    group = path.parent.name
+    assert imports(path) <= ALLOWED[group] | {group}
 
 
 def test_there_is_no_circle() -> None:
