@@ -36,7 +36,7 @@ class Twins:
         x = self.data.seen
         weight = CONFIG.reward_weight if self.stage == "joint" else 0.0
         rows, shown = dense(x, torch.ones(len(x.items))), dense(self.data.encoded, self.data.weights)
-        loss = loss_of(self.eager, rows, shown, self.eps(0), CONFIG.kl_cap, weight)
+        loss = loss_of(self.eager, rows, shown, self.eps(0), float(CONFIG.kl_cap), weight)
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()

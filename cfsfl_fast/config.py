@@ -15,7 +15,7 @@ class CFSFLConfig:
     """What CF-SFL computes and how it is trained; the defaults are the best that was measured.
 
     Model
-        recommender: name of the base recommender.
+        recommender: "vae" (Mult-VAE), "dae", "vae-gaussian", "vae-linear", "mf" or "warp".
         steps: T, feedback steps; T = 0 is the plain recommender.
         top_k: K, items of the list that the virtual user sees.
         action: how the list enters h(x, a), forward and backward.
@@ -29,11 +29,12 @@ class CFSFLConfig:
     Losses
         mask_kept: in the "heldout" reading, what was seen leaves the softmax.
         kl: "annealed" weighs the KL term by beta = min(kl_cap, step / anneal_steps); "per_user" weighs user u's by
-            kl_gamma |x_u| beta / kl_cap, the same ramp.
+            kl_gamma |x_u| beta / kl_cap, the same ramp. "none" leaves it out (the paper's VAE-(beta = 0)).
+        kl_cap: greatest beta; "auto" is 0.05 with a squared loss, else 0.2.
         anneal_steps: steps in which beta would reach 1; "auto" reaches the cap after 85 % of all updates.
         reward_weight: lambda_adv of the adversarial term in (7).
         reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
-        l2: penalty l2 / batch_size ||W||^2 on the recommender's weights.
+        l2: penalty l2 / batch_size ||W||^2 on the recommender's weights; "auto" is 0.05 for "mf" and "warp", else 0.01.
         noise: one draw of the latent noise for all steps of an update ("shared") or one per step ("fresh").
         loss_steps: stage 3's supervised loss is that of s^T ("last"), or the mean over s^0 to s^T ("all").
         gradient_through_time: gradients run through the whole loop; if not, no pass of the recommender but the last has
@@ -68,11 +69,11 @@ class CFSFLConfig:
     mask_kept: bool = True
     kl: str = "per_user"
     kl_gamma: float = 0.0025
-    kl_cap: float = 0.2
+    kl_cap: float | str = "auto"
     anneal_steps: int | str = "auto"
     reward_weight: float = 1.0
     reward_loss: str = "imitation"
-    l2: float = 0.01
+    l2: float | str = "auto"
     noise: str = "shared"
     loss_steps: str = "last"
     gradient_through_time: bool = True
@@ -96,6 +97,9 @@ class CFSFLConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name, (of, others) in _OF_RECOMMENDER.items():
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, of.get(self.recommender, others))
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -143,7 +147,7 @@ class CFSFLConfig:
         updates = -(-n_users // int(batch_size)) * (self.epochs[0] + self.epochs[2])
         anneal = self.anneal_steps
         if anneal == "auto":
-            anneal = max(1, round(0.85 * updates / max(self.kl_cap, 1e-9)))
+            anneal = max(1, round(0.85 * updates / max(float(self.kl_cap), 1e-9)))
         return dataclasses.replace(self, batch_size=batch_size, anneal_steps=anneal)
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,17 +193,25 @@ LATER_FIELDS = frozenset(
 
 FEEDBACK_INPUTS = ("history", "list", "reward")
 
+RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp")
+
 _CHOICES = {
-    "recommender": ("vae",),
+    "recommender": RECOMMENDER_NAMES,
     "action": ("straight_through", "topk_softmax", "softmax", "hard"),
     "reading": ("heldout", "full"),
-    "kl": ("per_user", "annealed"),
+    "kl": ("per_user", "annealed", "none"),
     "reward_loss": ("imitation", "literal"),
     "noise": ("shared", "fresh"),
     "loss_steps": ("last", "all"),
     "joint": ("auto", "always"),
     "reward_batch": ("shared", "fresh"),
 }
+_OF_RECOMMENDER = {
+    "kl_cap": ({"vae-gaussian": 0.05, "vae-linear": 0.05}, 0.2),
+    "l2": ({"mf": 0.05, "warp": 0.05}, 0.01),
+}
+"""What "auto" is for some recommenders, and for all others."""
+
 _LEAST = {
     "steps": 0,
     "top_k": 1,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cfsfl_fast import ops
-from cfsfl_fast.recommenders import Code, MultVAE
+from cfsfl_fast.recommenders import Code, Recommender
 from cfsfl_fast.virtual_user import VirtualUser, weights
 
 ALL_INPUTS = "history,list,reward"
@@ -25,7 +25,7 @@ class Unrolled(NamedTuple):
 
 
 def unroll(
-    recommender: MultVAE,
+    recommender: Recommender,
     user: VirtualUser,
     hoisted: Tensor,
     hx: Tensor,
@@ -51,10 +51,11 @@ def unroll(
         k: length of the list that the virtual user sees.
         action: one of ops.ACTIONS.
         exclude: CSR rows of items that never enter the list.
-        noise: eps of pass t, [B, Z]; None takes z = mu.
+        noise: eps of pass t, [B, Z], for a recommender that samples; None takes z = mu.
         through_time: gradients of a feedback reach the pass before it.
         inputs: what the feedback generator sees, of ALL_INPUTS; the rest is 0.
     """
+    noise = noise if recommender.samples else None
     state = ops.loop_state(hoisted.device)
     reward, feedback = weights(user.reward), weights(user.feedback)
     turns: list[ops.FeedbackStep] = []

@@ -433,3 +433,97 @@ def linear_nll(
         return nll, *reference.linear_topk(u, output.weight, output.bias, k, exclude)
     nll, ids, scores = _LinearNLL.apply(u, output.weight, output.bias, items, offsets, exclude, k, state, impl)
     return nll, ids, _with_gradient(u, output, ids, scores, impl)
+
+
+class _LinearSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        items: Tensor,
+        offsets: Tensor,
+        exclude: CSR | None,
+        positive: float,
+        sink: Sink,
+        impl: Any,
+    ) -> Tensor:
+        loss, kept = library.linear_squares(u, weight, bias, items, offsets, exclude, positive)
+        ctx.save_for_backward(u, weight, bias, *kept)
+        ctx.single = [(items, offsets)] + ([] if exclude is None else [exclude])
+        ctx.rest = offsets, exclude, positive
+        ctx.sink, ctx.impl = sink, impl
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, bias, *kept = ctx.saved_tensors
+        du, dweight, dbias, single = library.linear_squares_backward(dloss, u, weight, bias, *ctx.rest, *kept)
+        for (items, offsets), ds in zip(ctx.single, single, strict=True):
+            du += ctx.impl.row_bag(weight, items, offsets, ds)
+            if ctx.sink is not None:
+                ctx.sink.append(_Lookups(items, offsets, ds, u))
+        return du, dweight, dbias, *(None,) * 6
+
+
+def linear_squares(
+    u: Tensor, output: Table, items: Tensor, offsets: Tensor, exclude: CSR | None = None, *, positive: float
+) -> Tensor:
+    """The weighted squared loss sum_j c_j (x_j - s_j)^2, s = u weight^T + bias; c_j = positive where x_j = 1, else 1.
+
+    Exact, by the Gram matrix of the output layer: scores [B, M] never exist.
+
+    Args:
+        u: [B, H].
+        output: weight [M, H] and bias [M].
+        items, offsets: the targets x as CSR rows.
+        exclude: CSR rows of items that leave the sum; none may be a target of its row.
+        positive: c_j of a target.
+
+    Returns:
+        loss [B]; differentiable in u, weight and bias.
+    """
+    impl = implementation(u.device)
+    if impl is reference:
+        return reference.linear_squares(u, output.weight, output.bias, items, offsets, exclude, positive)
+    return _LinearSquares.apply(u, output.weight, output.bias, items, offsets, exclude, positive, output.sink, impl)
+
+
+class _LinearWARP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None
+    ) -> Tensor:
+        loss, ds = library.linear_warp(u, weight, bias, items, offsets, exclude)
+        ctx.save_for_backward(u, weight, ds)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, ds = ctx.saved_tensors
+        scaled = u * dloss[:, None]
+        return torch.mm(ds, weight).mul_(dloss[:, None]), torch.mm(ds.T, scaled), dloss @ ds, None, None, None
+
+
+def linear_warp(u: Tensor, output: Table, items: Tensor, offsets: Tensor, exclude: CSR | None = None) -> Tensor:
+    """The rank-weighted loss (WARP, Weston et al. 2011) of s = u weight^T + bias, every negative counted:
+
+        sum_{i in x} Phi(rank_i) sum_{j not in x, s_j > s_i} (s_j - s_i),  Phi(r) = sum_{k <= r} 1 / k,
+
+    rank_i the number of those j; Phi is constant in the gradient. One sort per user instead of |x| M comparisons.
+
+    Args:
+        u: [B, H].
+        output: weight [M, H] and bias [M].
+        items, offsets: the targets x as CSR rows.
+        exclude: CSR rows of items that are no negatives; none may be a target of its row.
+
+    Returns:
+        loss [B]; differentiable in u, weight and bias.
+    """
+    if implementation(u.device) is reference:
+        return reference.linear_warp(u, output.weight, output.bias, items, offsets, exclude)
+    return _LinearWARP.apply(u, output.weight, output.bias, items, offsets, exclude)

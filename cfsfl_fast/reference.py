@@ -137,3 +137,48 @@ def linear_nll(
     counts = offsets.diff()
     lse = torch.where(counts > 0, scores.logsumexp(1), 0)
     return lse * counts - scores.new_zeros(len(u)).index_add(0, rows, scores[rows, items])
+
+
+def linear_squares(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    exclude: CSR | None = None,
+    positive: float = 5.0,
+) -> Tensor:
+    """The weighted squared loss sum_j c_j (x_j - s_j)^2 of each user, c_j = positive where x_j = 1, else 1. [B]
+
+    Excluded items leave the sum.
+    """
+    scores = linear(u, weight, bias)
+    ones = scores.new_ones(len(items))
+    x = torch.zeros_like(scores).index_put((rows_of(offsets), items), ones)
+    cost = 1 + (positive - 1) * x
+    if exclude is not None:
+        cost = cost.index_put((rows_of(exclude[1]), exclude[0]), cost.new_zeros(()))
+    return (cost * (x - scores).square()).sum(1)
+
+
+def linear_warp(
+    u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None = None
+) -> Tensor:
+    """sum_{i in x} Phi(rank_i) sum_{j not in x, s_j > s_i} (s_j - s_i) of each user, Phi(r) = sum_{k <= r} 1 / k. [B]
+
+    rank_i counts the j of the inner sum; Phi is constant in the gradient; excluded items are no j.
+    """
+    scores = linear(u, weight, bias)
+    rows = rows_of(offsets)
+    negative = torch.ones_like(scores, dtype=torch.bool)
+    negative[rows, items] = False
+    if exclude is not None:
+        negative[rows_of(exclude[1]), exclude[0]] = False
+    margins = F.relu(scores[rows] - scores[rows, items][:, None]) * negative[rows]  # [E, M]
+    rank = (margins > 0).sum(1)
+    phi = torch.cat([scores.new_zeros(1), scores.new_ones(len(weight)).div(_counting(scores)).cumsum(0)])
+    return scores.new_zeros(len(u)).index_add(0, rows, phi[rank] * margins.sum(1))
+
+
+def _counting(scores: Tensor) -> Tensor:
+    return torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)

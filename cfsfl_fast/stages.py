@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 STAGES = ("recommender", "control", "reward", "joint")
 """In order; the first is what the others start from, the joint stage by way of the reward estimator's."""
 
-LABELS = {"vae": "VAE"}
-"""Recommenders as tables name them; others go by their own name."""
-
 
 @dataclass(frozen=True)
 class Epoch:
@@ -114,7 +111,8 @@ class Trainer:
     @property
     def systems(self) -> dict[str, str]:
         """What tables call the recommender after each of the stages that rank."""
-        name = LABELS.get(self.config.recommender, self.config.recommender)
+        recommender = self.model.recommender
+        name = recommender.label + ("-(beta=0)" if self.config.kl == "none" and recommender.samples else "")
         after = "CF-SFL" if self.config.steps else f"{name}+R" if self.config.reward_weight else f"{name}, stage 3"
         return {"recommender": name, "control": f"{name}, trained on", "joint": after}
 

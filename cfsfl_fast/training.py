@@ -71,10 +71,13 @@ class Noise:
 
 
 def _kl_weight(batch: View, config: CFSFLConfig, step: int) -> Tensor | float:
+    if config.kl == "none":
+        return 0.0
     assert isinstance(config.anneal_steps, int)
-    beta = losses.annealed_beta(step, config.anneal_steps, config.kl_cap)
-    if config.kl == "per_user" and config.kl_cap:
-        return config.kl_gamma * beta / config.kl_cap * batch.sizes
+    cap = float(config.kl_cap)
+    beta = losses.annealed_beta(step, config.anneal_steps, cap)
+    if config.kl == "per_user" and cap:
+        return config.kl_gamma * beta / cap * batch.sizes
     return beta
 
 
@@ -88,7 +91,8 @@ class Lists(NamedTuple):
 def recommender_step(model: CFSFL, batch: View, eps: Noise, step: int) -> Tensor:
     """L_sup of the recommender alone (T = 0), mean over users."""
     recommender = model.recommender
-    code = recommender(recommender.hoist(*batch.encoded.csr, batch.weights), None, eps(0))
+    hoisted = recommender.hoist(*batch.encoded.csr, batch.weights)
+    code = recommender(hoisted, None, eps(0) if recommender.samples else None)
     return _supervised(model, batch, code, model.output_table(), step)[0]
 
 
@@ -96,9 +100,11 @@ def _supervised(
     model: CFSFL, batch: View, code: Code, output: ops.Table, step: int, k: int = 0, state: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_sup of one pass, mean over users, and the list of its K best items."""
-    nll, ids, scores = ops.linear_nll(code.u, output, *batch.targets.csr, batch.mask, k, state)
-    divergence = _kl_weight(batch, model.config, step) * model.recommender.divergence(code)
-    return losses.mean(nll + divergence), ids, scores
+    kl_weight = _kl_weight(batch, model.config, step)
+    loss, ids, scores = model.recommender.loss(
+        code, output, *batch.targets.csr, exclude=batch.mask, kl_weight=kl_weight, k=k, state=state
+    )
+    return losses.mean(loss), ids, scores
 
 
 def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor, Lists]:
@@ -161,7 +167,7 @@ class Optimisers:
         rate = config.learning_rate if stage == "recommender" else config.joint_learning_rate
         # Adam's weight_decay adds decay * W to the gradient: the gradient of decay / 2 ||W||^2.
         groups = [
-            (decayed, rate, 2 * config.l2 / config.batch_size),
+            (decayed, rate, 2 * float(config.l2) / config.batch_size),
             ([n for n in theta if n not in decayed], rate, 0.0),
         ]
         if stage == "joint":

@@ -188,7 +188,7 @@ def test_an_update_is_adam_on_the_penalised_loss() -> None:
 
     named = {n: p for n, p in twin.named_parameters() if n.startswith("recommender.") and "feedback" not in n}
     loss = recommender_step(twin, view(x, users, config, 5), Noise(users, 8, False, (5,)), 1)
-    penalty = sum(p.square().sum() for p in named.values() if p.dim() == 2) * config.l2 / config.batch_size
+    penalty = sum(p.square().sum() for p in named.values() if p.dim() == 2) * float(config.l2) / config.batch_size
     adam = torch.optim.Adam(named.values(), lr=config.learning_rate)
     (loss + penalty).backward()
     adam.step()

@@ -51,7 +51,7 @@ def config_field(name: str, text: Any) -> Any:
     try:
         if name == "epochs":
             return tuple(int(part) for part in text.split(","))
-        return float(text) if kind is float else int(text)
+        return int(text) if kind in (int, int | str) else float(text)
     except ValueError:
         wanted = "three counts, as 100,5,25" if name == "epochs" else "a number"
         raise ValueError(f"--{name.replace('_', '-')} takes {wanted}; got {text!r}") from None

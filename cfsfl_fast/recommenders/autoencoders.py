@@ -1,0 +1,70 @@
+"""Autoencoders with hidden layers: Mult-VAE, its Gaussian twin, and the denoising autoencoder."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cfsfl_fast.recommenders.base import (
+    Code,
+    InputLayer,
+    OutputLayer,
+    Recommender,
+    linear,
+    sampled,
+    standard_normal_kl,
+)
+from cfsfl_fast.recommenders.likelihoods import weighted_squares
+
+
+class MultVAE(Recommender):
+    """Mult-VAE (Liang et al. 2018), M-H-Z-H-M with tanh, taking in the feedback v at its first layer.
+
+    p = tanh(Wx^T x^ + Wv^T v^ + b); mu, logvar = split(p C^T + c); z = mu + eps exp(logvar / 2); u = tanh(z G^T + g).
+    """
+
+    label = "VAE"
+    samples = True
+
+    def __init__(self, n_items: int, hidden_dim: int, latent_dim: int, feedback_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.input = InputLayer(n_items, feedback_dim, hidden_dim)
+        self.code = linear(hidden_dim, 2 * latent_dim)
+        self.hidden = linear(latent_dim, hidden_dim)
+        self.output = OutputLayer(n_items, hidden_dim)
+
+    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+        """The code of B users; arguments as `Recommender.forward` has them."""
+        mu, logvar = self.code(self.with_feedback(hoisted, v).tanh()).split(self.latent_dim, dim=1)
+        return Code(self.hidden(sampled(mu, logvar, noise)).tanh(), mu, logvar)
+
+    def divergence(self, code: Code) -> Tensor:
+        """KL(q(z | x, v) || N(0, I)) of each user. [B]"""
+        assert code.mu is not None
+        assert code.logvar is not None
+        return standard_normal_kl(code.mu, code.logvar)
+
+
+class GaussianVAE(MultVAE):
+    """Mult-VAE's network with the weighted squared loss."""
+
+    label = "VAE-Gaussian"
+    likelihood = staticmethod(weighted_squares)
+
+
+class DAE(Recommender):
+    """The denoising autoencoder (Mult-DAE of Liang et al. 2018), M-H-Z-H-M with tanh: no sampling, no KL term."""
+
+    label = "DAE"
+
+    def __init__(self, n_items: int, hidden_dim: int, latent_dim: int, feedback_dim: int) -> None:
+        super().__init__()
+        self.input = InputLayer(n_items, feedback_dim, hidden_dim)
+        self.code = linear(hidden_dim, latent_dim)
+        self.hidden = linear(latent_dim, hidden_dim)
+        self.output = OutputLayer(n_items, hidden_dim)
+
+    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+        """The code of B users; arguments as `Recommender.forward` has them."""
+        code = self.code(self.with_feedback(hoisted, v).tanh()).tanh()
+        return Code(self.hidden(code).tanh())

@@ -1,0 +1,136 @@
+"""The interface of a recommender, and the layers that several have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cfsfl_fast import ops
+from cfsfl_fast.recommenders.likelihoods import multinomial
+
+
+class Code(NamedTuple):
+    """What a recommender knows of B users."""
+
+    u: Tensor  # [B, H'], the width of the output layer
+    mu: Tensor | None = None  # [B, Z]
+    logvar: Tensor | None = None  # [B, Z]
+
+
+class InputLayer(nn.Module):
+    """Wx [M, H'] over the history, Wv [V, H'] over the feedback, and a bias [H']; Wv starts at zero."""
+
+    def __init__(self, n_items: int, feedback_dim: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_items, width)))
+        self.feedback = nn.Parameter(torch.zeros(feedback_dim, width))
+        self.bias = nn.Parameter(_small(width))
+
+
+class OutputLayer(nn.Module):
+    """O [M, H'], a row per item, and its bias [M]."""
+
+    def __init__(self, n_items: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_items, width)))
+        self.bias = nn.Parameter(_small(n_items))
+
+
+def _small(size: int) -> Tensor:
+    return nn.init.trunc_normal_(torch.empty(size), std=0.001, a=-0.002, b=0.002)
+
+
+def linear(in_dim: int, out_dim: int) -> nn.Linear:
+    """A linear layer as Mult-VAE's start: Glorot weights, a small bias."""
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.xavier_uniform_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(_small(out_dim))
+    return layer
+
+
+class Recommender(nn.Module):
+    """What CF-SFL wraps: a code of the user from history and feedback, and a linear layer over the items.
+
+    A subclass sets `input` and `output`, defines `forward`, and `divergence` where its code is a distribution.
+    """
+
+    label = ""
+    """Its name in tables."""
+
+    likelihood: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(multinomial)
+    """How scores are compared with targets: one of `likelihoods`."""
+
+    samples = False
+    """Whether `forward` takes noise."""
+
+    input: InputLayer
+    output: OutputLayer
+
+    def hoist(self, items: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        """Wx^T x^ + b for CSR rows with the entries `weights` of x^: what does not depend on v. [B, H']"""
+        return ops.row_bag(ops.Table(self.input.weight), items, offsets, weights) + self.input.bias
+
+    def with_feedback(self, hoisted: Tensor, v: Tensor | None) -> Tensor:
+        """hoisted + Wv^T v^, v^ = v / max(||v||, 1e-12); v None is v = 0. [B, H']"""
+        if v is None:
+            return hoisted
+        return torch.addmm(hoisted, F.normalize(v, dim=1, eps=1e-12), self.input.feedback)
+
+    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+        """The code of B users.
+
+        Args:
+            hoisted: of `hoist`. [B, H']
+            v: feedback [B, V]; None is v = 0.
+            noise: eps [B, Z], where the recommender samples; None takes the mean.
+        """
+        raise NotImplementedError
+
+    def divergence(self, code: Code) -> Tensor | None:
+        """How far q(z | x, v) is from its prior, per user [B]; None of a recommender without either."""
+        return None
+
+    def loss(
+        self,
+        code: Code,
+        output: ops.Table,
+        items: Tensor,
+        offsets: Tensor,
+        *,
+        exclude: ops.CSR | None = None,
+        kl_weight: Tensor | float = 0.0,
+        k: int = 0,
+        state: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The supervised loss of each user, and the list of the same scores.
+
+        Args:
+            code: of `forward`.
+            output: the output layer, one table per pass.
+            items, offsets: the targets as CSR rows.
+            exclude: CSR rows of items that count neither as found nor as missed; none may be a target of its row.
+            kl_weight: of the divergence, [B] or one number.
+            k: length of the list; 0 for none.
+            state: of `ops.loop_state`, where the loop had the same `exclude`.
+
+        Returns:
+            loss [B], ids [B, K], scores [B, K].
+        """
+        loss, ids, scores = self.likelihood(code.u, output, items, offsets, exclude, k, state)
+        divergence = self.divergence(code)
+        return loss if divergence is None else loss + kl_weight * divergence, ids, scores
+
+
+def standard_normal_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) of each row. [B]"""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+def sampled(mu: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:
+    """z = mu + eps exp(logvar / 2); mu without noise. [B, Z]"""
+    return mu if noise is None else torch.addcmul(mu, noise, (logvar / 2).exp())

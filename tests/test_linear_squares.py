@@ -1,0 +1,36 @@
+"""linear_squares: the weighted squared loss without scores, against the specification in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cfsfl_fast import backends, ops
+from cfsfl_fast.testing import assert_as_good, backend_params, poisoned, random_problem
+
+SHAPES = [(1, 1, 1), (0, 7, 5), (5, 60, 17), (13, 1030, 40), (31, 2100, 33)]
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exclude", [False, True])
+def test_loss_and_gradients(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, exclude: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfsfl_fast.library.PICKED", 7)
+    p = random_problem(*shape, exclude=exclude, strided=exclude)
+    dloss = torch.rand(shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    answers = []
+    for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
+        q = p.to(dt, grad=True)
+        with backends.use_backend(run), poisoned():
+            output = ops.Table(q.weight, q.bias)
+            loss = ops.linear_squares(q.u, output, q.items, q.offsets, q.exclude, positive=5.0)
+            (loss * dloss.to(dt)).sum().backward()
+        answers.append((loss, q.u.grad, q.weight.grad, q.bias.grad))
+    found, truth, _ = (answer[0].detach() for answer in answers)
+    rounding = 32 * torch.finfo(dtype).eps  # the Gram matrix sums in another order than plain PyTorch, twice over
+    assert torch.allclose(found.double(), truth, rtol=rounding, atol=rounding)
+    for what, *tensors in zip(("u", "weight", "bias"), *(answer[1:] for answer in answers), strict=True):
+        assert_as_good(*tensors, what)

@@ -1,0 +1,205 @@
+"""Every recommender behind the one interface: its loss stated densely, its place in the loop, a known answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cfsfl_fast import CFSFL, CFSFLConfig, backends
+from cfsfl_fast.config import RECOMMENDER_NAMES
+from cfsfl_fast.datasets import Protocol, split_events
+from cfsfl_fast.datasets.matrices import matrix_events
+from cfsfl_fast.interactions import as_interactions
+from cfsfl_fast.recommenders import RECOMMENDERS
+from cfsfl_fast.runs import Run
+from cfsfl_fast.training import Noise, joint_step, recommender_step, view
+from tests.conftest import clusters
+
+SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}
+NAMES = sorted(RECOMMENDERS)
+M = 40
+
+
+def build(name: str, **choices: Any) -> CFSFL:
+    """A small model whose feedback matters (Wv is zero at birth)."""
+    config = CFSFLConfig(**{**SIZES, "recommender": name, "batch_size": 30, "anneal_steps": 100, **choices})
+    torch.manual_seed(0)
+    model = CFSFL.from_config(M, config)
+    torch.nn.init.normal_(model.recommender.input.feedback)
+    torch.nn.init.normal_(model.recommender.output.bias, std=0.3)
+    return model
+
+
+def dense(x: Any) -> Tensor:
+    rows = torch.zeros(len(x), x.n_items, dtype=torch.float64)
+    rows[x.rows, x.items] = 1
+    return rows
+
+
+def test_the_config_knows_every_recommender() -> None:
+    assert set(RECOMMENDER_NAMES) == set(RECOMMENDERS)
+    assert all(build(name).recommender.label for name in NAMES)
+
+
+# The losses, written down a second time
+
+
+def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """u and the KL term of dense pre-activations, by SPEC 6. [B, H'], [B]"""
+
+    def layer(x: Tensor, which: str) -> Tensor:
+        return x @ p[f"{which}.weight"].T + p[f"{which}.bias"]
+
+    none = torch.zeros(len(inner), dtype=torch.float64)
+    if name in ("mf", "warp"):
+        return inner, none
+    if name == "dae":
+        return torch.tanh(layer(torch.tanh(layer(torch.tanh(inner), "code")), "hidden")), none
+    mu, logvar = (inner if name == "vae-linear" else layer(torch.tanh(inner), "code")).chunk(2, 1)
+    std = torch.exp(logvar / 2)
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mu, std), normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(1)
+    z = mu + eps * std
+    return (z if name == "vae-linear" else torch.tanh(layer(z, "hidden"))), kl
+
+
+def likelihood_of(name: str, s: Tensor, x: Tensor, left_out: Tensor) -> Tensor:
+    """The reconstruction term of each user. [B]"""
+    if name in ("vae", "dae"):
+        return -(F.log_softmax(s.masked_fill(left_out > 0, -1e300), 1) * x).sum(1)
+    if name != "warp":
+        return (torch.where(x > 0, 5.0, 1.0) * (1 - left_out) * (x - s) ** 2).sum(1)
+    losses = []
+    for scores, own, gone in zip(s.tolist(), x.tolist(), left_out.tolist(), strict=True):
+        loss = 0.0
+        for i in (i for i in range(M) if own[i]):
+            above = [j for j in range(M) if not own[j] and not gone[j] and scores[j] > scores[i]]
+            loss += sum(1 / k for k in range(1, len(above) + 1)) * sum(scores[j] - scores[i] for j in above)
+        losses.append(loss)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("choices", [{}, {"reading": "full", "kl": "annealed"}, {"mask_kept": False, "kl": "none"}])
+def test_supervised_loss_is_that_of_the_specification(name: str, choices: dict[str, Any]) -> None:
+    model = build(name, **choices)
+    users = torch.arange(7, 37)
+    x = as_interactions(clusters(37), M).take(users)
+    batch, eps = view(x, users, model.config, 5), Noise(users, 8, False, (5,))
+    found = recommender_step(model, batch, eps, step=7)
+
+    p = {n: value.double() for n, value in model.recommender.state_dict().items()}
+    encoder = torch.zeros(30, M, dtype=torch.float64)
+    encoder[batch.encoded.rows, batch.encoded.items] = batch.weights.double()
+    u, kl = code_of(name, p, encoder @ p["input.weight"] + p["input.bias"], eps(0).double())
+    scores = u @ p["output.weight"].T + p["output.bias"]
+    masked = model.config.reading == "heldout" and model.config.mask_kept
+    left_out = dense(batch.seen) if masked else torch.zeros_like(encoder)
+    cap = 0.05 if name in ("vae-gaussian", "vae-linear") else 0.2
+    ramp = min(cap, 0.07)
+    weight = {"per_user": 0.0025 * ramp / cap * dense(x).sum(1), "annealed": ramp, "none": 0.0}[model.config.kl]
+    expected = (likelihood_of(name, scores, dense(batch.targets), left_out) + weight * kl).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# In the loop
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reading", ["heldout", "full"])
+def test_every_gradient_of_an_update_is_the_specifications(name: str, reading: str) -> None:
+    model = build(name, reading=reading).double()
+    users = torch.arange(30)
+    batch = view(as_interactions(clusters(30), M), users, model.config, 5)
+    gradients = {}
+    for backend in ("torch", "reference"):
+        with backends.use_backend(backend):
+            loss, _ = joint_step(model, batch._replace(weights=batch.weights.double()), _Double(users), 7)
+            named = {n: q for n, q in model.named_parameters() if not n.startswith("reward.")}
+            gradients[backend] = torch.autograd.grad(loss, list(named.values()))
+    for which, found, expected in zip(named, *gradients.values(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-9), which
+        assert bool(expected.any()), which
+
+
+class _Double(Noise):
+    def __init__(self, users: Tensor) -> None:
+        super().__init__(users, 8, False, (5,))
+
+    def __call__(self, t: int) -> Tensor:
+        return super().__call__(t).double()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feedback_enters_and_starts_at_nothing(name: str) -> None:
+    x = clusters(23)
+    model = build(name).eval()
+    assert not torch.allclose(model(x), model(x, steps=0), atol=1e-3)
+    torch.manual_seed(0)
+    born = CFSFL(M, recommender=name, steps=3, hidden_dim=16, latent_dim=4).eval()
+    assert torch.equal(born(x), born(x, steps=0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_user_or_a_batch(name: str) -> None:
+    model, x = build(name).eval(), clusters(23)
+    ids, scores = model.recommend(x, 10)
+    for user in (0, 11, 22):
+        alone = model.recommend(x[user], 10)
+        assert torch.equal(alone[0][0], ids[user])
+        assert torch.equal(alone[1][0], scores[user])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_finds_the_clusters(name: str, tmp_path: Path) -> None:
+    data = split_events(matrix_events(clusters(400), "clusters"), Protocol(held_out=40))
+    config = CFSFLConfig(
+        **{**SIZES, "recommender": name, "batch_size": 32, "epochs": (20, 1, 2)},
+        learning_rate=1e-2,
+        joint_learning_rate=1e-3,
+    )
+    report = Run(data, tmp_path / "run", config, show_progress=False).train()
+    label = RECOMMENDERS[name](M, 4, 4, 4).label
+    assert list(report["test"]) == ["most popular", label, f"{label}, trained on", "CF-SFL"]
+    popular, *found = (figures["Recall@20"][0] for figures in report["test"].values())
+    assert popular < 0.7
+    assert min(found) > 0.98
+    loaded = CFSFL.from_pretrained(tmp_path / "run")
+    assert loaded.config.recommender == name
+    ids, _ = loaded.recommend(data.test.fold_in, 20)
+    again = Run(data, tmp_path / "run", loaded.config, resume=True, show_progress=False)
+    again.load("joint")
+    assert torch.equal(again.model.recommend(data.test.fold_in, 20)[0], ids)
+
+
+def test_defaults_of_a_recommender_give_way_to_a_choice() -> None:
+    assert CFSFLConfig(recommender="vae-gaussian").kl_cap == 0.05
+    assert CFSFLConfig(recommender="vae-gaussian", kl_cap=0.3).kl_cap == 0.3
+    assert (CFSFLConfig().kl_cap, CFSFLConfig().l2) == (0.2, 0.01)
+    assert CFSFLConfig(recommender="mf").l2 == 0.05
+    mf = CFSFLConfig(recommender="mf", l2=0.0)
+    assert dataclasses.replace(mf, steps=1).l2 == 0.0
+    with pytest.raises(ValueError, match="kl_cap must be at least 0; got -1"):
+        CFSFLConfig(kl_cap=-1)
+
+
+def test_a_loss_of_users_without_targets_is_zero_or_what_they_miss() -> None:
+    """An empty row: no multinomial or ranked loss; of squares, what every score costs."""
+    x = as_interactions(np.zeros((2, M)), M)
+    for name in NAMES:
+        model = build(name)
+        recommender = model.recommender
+        code = recommender(recommender.hoist(*x.csr, x.unit_weights()))
+        loss, _, _ = recommender.loss(code, model.output_table(), *x.csr)
+        if "squares" in recommender.likelihood.__name__:
+            scores = F.linear(code.u, recommender.output.weight, recommender.output.bias)
+            assert torch.allclose(loss, scores.square().sum(1), rtol=1e-5)
+        else:
+            assert loss.tolist() == [0, 0]
