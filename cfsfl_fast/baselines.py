@@ -28,3 +28,10 @@ class MostPopular:
         weight = self.weight.to(x.items.device)
         table = ops.Table(weight, weight.new_zeros(len(weight)))
         return ops.linear_topk(weight.new_ones(len(x), 1), table, n, x.csr)
+
+
+BASELINES = {"most popular": MostPopular}
+"""By name; each is fitted to training histories [U, M] and then recommends."""
+
+SEEDED: frozenset[str] = frozenset()
+"""Those that draw random numbers."""

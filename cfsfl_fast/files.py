@@ -82,6 +82,15 @@ def read_whole(place: Path, read: Callable[[Path], T]) -> T:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else who asks for the same path's lock is inside; waits for whoever is. A killed process lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def remove_staged(folder: Path) -> None:
     """Removes what killed processes left half written below a folder."""
     for path in list(folder.rglob(".*.partial-*")):

@@ -227,6 +227,18 @@ def _other_data(folder: Path, theirs: list[int], mine: list[int]) -> str:
     return f"{folder} was trained on other data: users, items, events, sum of ids {theirs}, not {mine}"
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} holds no run")
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def write_per_user(path: Path, held_out: HeldOut, judged: dict[str, Evaluation]) -> None:
     """Every judged user's metrics as `SYSTEM/METRIC` arrays of an npz, and the users' ids as `users`; no pickle."""
     users = np.asarray(held_out.user_ids)[np.diff(held_out.targets.indptr) > 0]

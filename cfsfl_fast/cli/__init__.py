@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cfsfl_fast import backends
-from cfsfl_fast.cli import data, doctor, inference, training
+from cfsfl_fast.cli import data, doctor, inference, reproduce, training
 
 _EXPECTED = (
     ValueError,
@@ -46,6 +46,9 @@ for command in (
     training.demo,
     inference.evaluate_command,
     inference.recommend,
+    reproduce.reproduce,
+    reproduce.sweep_command,
+    reproduce.plot,
     doctor.doctor,
 ):
     main.add_command(command)

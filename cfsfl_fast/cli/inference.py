@@ -32,7 +32,7 @@ def evaluate_command(
     """Recall and NDCG of a trained model on held-out users."""
     model = CFSFL.from_pretrained(run, torch_device(device), backend=backend)
     dataset = open_dataset(data)
-    _check_items(model, dataset)
+    check_items(model, dataset)
     held_out = getattr(dataset, split)
     found = evaluate(
         lambda x, n: model.recommend(x, n, steps=steps),
@@ -50,7 +50,7 @@ def evaluate_command(
         click.echo("\n".join(f"{name:<10} {value}" for name, value in summary.items()))
 
 
-def _check_items(model: CFSFL, data: Dataset) -> None:
+def check_items(model: CFSFL, data: Dataset) -> None:
     if data.n_items != model.n_items:
         raise ValueError(f"the model knows {model.n_items} items, the data have {data.n_items}")
     if model.item_ids is None:
