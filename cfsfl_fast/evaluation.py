@@ -68,7 +68,7 @@ def evaluate(
     n_items = fold_in.shape[1]
     history, wanted = (as_interactions(x, n_items, device) for x in (fold_in, targets))
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    judged = wanted.counts.nonzero().squeeze(1)
+    judged = wanted.host_counts.nonzero().squeeze(1)
     for users in tqdm(judged.split(batch_size), desc=progress, disable=None if progress else True, leave=False):
         mine = wanted.take(users)
         hit = metrics.hits(recommend(history.take(users), RANKS)[0], mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,11 @@ class Interactions:
         """|x| of every user. [B]"""
         return self.offsets.diff()
 
+    @functools.cached_property
+    def host_counts(self) -> Tensor:
+        """`counts` in the host's memory: waits for the device once. [B]"""
+        return self.counts.cpu()
+
     @property
     def rows(self) -> Tensor:
         """The user of every entry, B behind the last. [E]"""
@@ -62,12 +68,18 @@ class Interactions:
         """The rows of some users, in the order given.
 
         Args:
-            users: [B'] int64.
+            users: [B'] int64; on the CPU, the answer's size is known without waiting for the device.
             capacity: E of the answer, which is `fixed` then; at least as many entries as these users have.
         """
+        if capacity is not None:
+            n_entries = capacity
+        elif users.is_cuda:
+            n_entries = int((self.offsets[users + 1] - self.offsets[users]).sum())
+        else:
+            n_entries = int(self.host_counts[users].sum())
+        users = users.to(self.offsets.device)
         first = self.offsets[users]
         offsets = F.pad((self.offsets[users + 1] - first).cumsum(0), (1, 0))
-        n_entries = int(offsets[-1]) if capacity is None else capacity
         place = torch.arange(n_entries, device=offsets.device)
         source = place + _repeated(F.pad(first - offsets[:-1], (0, 1)), offsets, n_entries)
         if capacity is None:

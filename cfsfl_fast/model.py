@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cfsfl_fast import backends, checkpoint, ops
 from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.loop import unroll
 from cfsfl_fast.recommenders import RECOMMENDERS, Code
@@ -23,7 +24,7 @@ ROWS = 32
 """Batches are padded with empty users to a multiple of this: a row then has the same bits in any batch."""
 
 BATCH = 512
-"""Users that `recommend` answers at once; more come in as many batches as it takes."""
+"""Users that `recommend` answers at once by default; more come in as many batches as it takes."""
 
 
 class Loop(NamedTuple):
@@ -63,6 +64,8 @@ class CFSFL(nn.Module):
         dropout: share of the history hidden in training.
         reading: "heldout" (lists leave out what the user has) or "full" (they may repeat it).
         backend: "auto", "triton", "cpp", "torch" or "reference".
+        graphs: "auto" replays inference and training updates as CUDA graphs on a CUDA device; False launches kernel by
+            kernel; True also gives a CPU the padded shapes of graphs, for tests.
         **training: the other fields of `CFSFLConfig`, for its trainer.
 
     Raises:
@@ -84,6 +87,7 @@ class CFSFL(nn.Module):
         dropout: float = 0.5,
         reading: str = "heldout",
         backend: str = "auto",
+        graphs: str | bool = "auto",
         **training: Any,
     ) -> None:
         super().__init__()
@@ -93,6 +97,7 @@ class CFSFL(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {backend!r}")
         self.n_items = n_items
         self.backend = backend
+        self.graphs = Graphs(graphs)
         self.config = CFSFLConfig.from_dict(
             {
                 "recommender": recommender,
@@ -115,9 +120,11 @@ class CFSFL(nn.Module):
         self.feedback = feedback_generator(lookup_dim, feedback_dim)
 
     @classmethod
-    def from_config(cls, n_items: int, config: CFSFLConfig, *, backend: str = "auto") -> CFSFL:
+    def from_config(
+        cls, n_items: int, config: CFSFLConfig, *, backend: str = "auto", graphs: str | bool = "auto"
+    ) -> CFSFL:
         """A new model with every choice of a config."""
-        return cls(n_items, backend=backend, **dataclasses.asdict(config))
+        return cls(n_items, backend=backend, graphs=graphs, **dataclasses.asdict(config))
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +135,11 @@ class CFSFL(nn.Module):
     def user(self) -> VirtualUser:
         """The virtual user's parts."""
         return VirtualUser(self.lookup, self.reward, self.feedback)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        """Of `to` and its like: weights get other addresses, and graphs of the old ones only hold memory."""
+        self.graphs.clear()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def output_table(self) -> ops.Table:
         """The recommender's output layer, for the operations of one pass."""
@@ -145,8 +157,13 @@ class CFSFL(nn.Module):
         """
         with backends.use_backend(self.backend):
             history, n_users = self._padded(x)
-            loop = self._loop(history, steps)
-            return F.linear(loop.code.u, loop.output.weight, loop.output.bias)[:n_users]
+            if self.training or torch.is_grad_enabled():
+                loop = self._loop(history, steps)
+                u, output = loop.code.u, loop.output
+            else:
+                (u,) = self._replayed("code", steps, lambda x: (self._loop(x, steps).code.u,), history)
+                output = self.output_table()
+            return F.linear(u, output.weight, output.bias)[:n_users]
 
     def unroll(self, x: Any, *, steps: int | None = None) -> Trace:
         """Every step's list, reward and feedback.
@@ -179,6 +196,7 @@ class CFSFL(nn.Module):
         exclude: Any = None,
         candidates: Any = None,
         steps: int | None = None,
+        batch_size: int = BATCH,
     ) -> tuple[Tensor, Tensor]:
         """The n best items of every user after T steps, as an evaluated model (no dropout, z = mu).
 
@@ -189,6 +207,7 @@ class CFSFL(nn.Module):
             exclude: items to leave out besides: ids [.] for all users, or rows in any form that x may have.
             candidates: ids [.] that may be recommended; None for all.
             steps: T; None is the model's own.
+            batch_size: users at once; it changes no answer.
 
         Returns:
             ids [B, n] int64, score descending, ties to the smaller id; scores [B, n] float32. Padded with -1 and -inf
@@ -198,8 +217,9 @@ class CFSFL(nn.Module):
         Raises:
             ValueError: n is negative, an id is out of range, or weights or scores are NaN.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0; got {n}")
+        if n < 0 or batch_size < 1:
+            wrong = f"n must be at least 0; got {n}" if n < 0 else f"batch_size must be at least 1; got {batch_size}"
+            raise ValueError(wrong)
         histories = as_interactions(x, self.n_items, self.device)
         left_out = self._left_out(exclude, len(histories))
         listed = None if candidates is None else _ids(candidates, self.n_items, "candidates").to(self.device).unique()
@@ -207,17 +227,18 @@ class CFSFL(nn.Module):
         self.eval()
         try:
             with backends.use_backend(self.backend):
-                users = torch.arange(len(histories), device=self.device)
                 found = [
                     self._recommend(
                         histories.take(some), n, exclude_seen, left_out and left_out.take(some), listed, steps
                     )
-                    for some in users.split(BATCH)
+                    for some in torch.arange(len(histories)).split(batch_size)
                 ]
         finally:
             self.train(training)
-        ids = torch.cat([ids for ids, _ in found])
-        return ids, torch.cat([scores for _, scores in found]).float()
+        ids, scores, finite = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if not bool(finite.all()):
+            raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
+        return ids, scores.float()
 
     def _recommend(
         self,
@@ -227,31 +248,70 @@ class CFSFL(nn.Module):
         exclude: Interactions | None,
         candidates: Tensor | None,
         steps: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """`recommend` for one batch of checked rows."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`recommend` for one batch of checked rows; and whether its codes are finite. [B, n] twice, [1]"""
         history, n_users = self._padded(x)
-        loop = self._loop(history, steps)
-        code, state, output = loop.code, loop.state, loop.output
-        if not bool(code.u.isfinite().all()):
-            raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
         shut = history if exclude_seen else None
+        same = exclude is None and candidates is None and exclude_seen == (self.config.reading == "heldout")
         if exclude is not None:
             exclude = exclude.padded(len(history))
             shut = exclude if shut is None else shut.union(exclude)
-        if candidates is not None:
-            output = output.rows(candidates)
-            shut = None if shut is None else _among(shut, candidates)
-        same = exclude is None and candidates is None and exclude_seen == (self.config.reading == "heldout")
-        k = min(n, len(output.weight))
-        ids, scores = ops.linear_topk(code.u, output, k, None if shut is None else shut.csr, state if same else None)
+        if candidates is not None and shut is not None:
+            shut = _among(shut.exact(), candidates)
+        k = min(n, self.n_items if candidates is None else len(candidates))
+
+        def listed(x: Interactions, shut: Interactions | None) -> tuple[Tensor, ...]:
+            loop = self._loop(x, steps)
+            output = loop.output if candidates is None else loop.output.rows(candidates)
+            excluded, state = None if shut is None else shut.csr, loop.state if same else None
+            return *ops.linear_topk(loop.code.u, output, k, excluded, state), loop.code.u.isfinite().all()[None]
+
+        if candidates is not None:  # another choice of items is another function
+            ids, scores, finite = listed(history, shut)
+        elif shut is None or shut is history:
+            key = "list", k, exclude_seen
+            ids, scores, finite = self._replayed(key, steps, lambda x: listed(x, x if exclude_seen else None), history)
+        else:
+            ids, scores, finite = self._replayed(("list", k, "others"), steps, listed, history, shut)
         if candidates is not None and len(candidates):
             ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)])
         ids, scores = ids[:n_users], scores[:n_users]
-        return F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf"))
+        return F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf")), finite
 
     def _padded(self, x: Any) -> tuple[Interactions, int]:
+        """Checked histories with empty users behind them, and how many are no padding. With graphs the users' number
+        is one of few: ROWS times a power of two up to BATCH, and multiples of BATCH.
+        """
         history = as_interactions(x, self.n_items, self.device)
-        return history.padded(-(-len(history) // ROWS) * ROWS), len(history)
+        rows = ROWS
+        if self.graphs.wanted(self.device):
+            rows = min(BATCH, max(ROWS, 1 << (len(history) - 1).bit_length()))
+        return history.padded(-(-len(history) // rows) * rows), len(history)
+
+    def _replayed(
+        self, key: Hashable, steps: int | None, function: Callable[..., tuple[Tensor, ...]], *rows: Interactions
+    ) -> tuple[Tensor, ...]:
+        """function(*rows), an inference without gradients, by a graph where there are graphs.
+
+        Args:
+            key: what the function depends on beside the model, `steps` and the rows.
+        """
+        if not self.graphs.wanted(self.device) or len(rows[0]) == 0:
+            return function(*rows)
+        rows = tuple(x.padded(len(x), capacity(len(x.items))) for x in rows)
+        n_items = [x.n_items for x in rows]
+
+        def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+            pairs = zip(tensors[::2], tensors[1::2], n_items, strict=True)
+            return function(*(Interactions(*pair, fixed=True) for pair in pairs))
+
+        with torch.no_grad():
+            return self.graphs.run(
+                of_tensors,
+                *(t for x in rows for t in x.csr),
+                key=(key, steps, self.config, backends.resolve(self.device)),
+                reads=[*self.parameters(), *self.buffers()],
+            )
 
     def _loop(self, x: Interactions, steps: int | None) -> Loop:
         """T steps from histories; in training mode with torch's dropout and noise."""
@@ -325,7 +385,12 @@ class CFSFL(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str | None = None, *, backend: str = "auto"
+        cls,
+        folder: str | Path,
+        device: torch.device | str | None = None,
+        *,
+        backend: str = "auto",
+        graphs: str | bool = "auto",
     ) -> CFSFL:
         """The model of a folder, in eval mode.
 
@@ -335,7 +400,7 @@ class CFSFL(nn.Module):
         """
         saved = checkpoint.load_model(Path(folder))
         with torch.device("meta"):
-            model = cls.from_config(saved.n_items, saved.config, backend=backend)
+            model = cls.from_config(saved.n_items, saved.config, backend=backend, graphs=graphs)
         checkpoint.check_tensors(Path(folder), saved.tensors, model.state_dict())
         model.load_state_dict(saved.tensors, assign=True)
         model.item_ids = saved.item_ids

@@ -22,14 +22,15 @@ ALLOWED = {
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "evaluation", "interactions"}
     | {"metrics", "stages", "training"},
     "stages": {"backends", "config", "datasets", "evaluation", "interactions", "metrics", "model", "training"},
-    "training": {"losses", "noise", "ops", "config", "interactions", "loop", "model", "recommenders"}
-    | {"virtual_user"},
+    "training": {"backends", "config", "graphs", "interactions", "loop", "losses", "model", "noise", "ops"}
+    | {"recommenders", "virtual_user"},
     "estimator": {"backends", "ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"metrics", "interactions"},
     "baselines": {"ops", "interactions"},
-    "model": {"backends", "checkpoint", "ops", "config", "interactions", "loop", "recommenders", "virtual_user"},
+    "model": {"backends", "checkpoint", "graphs", "ops", "config", "interactions", "loop", "recommenders"}
+    | {"virtual_user"},
     "loop": {"ops", "recommenders", "virtual_user"},
     "losses": set(),
     "recommenders": {"ops"},
