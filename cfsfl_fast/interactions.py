@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Interactions:
     """The items of B users, ascending and unique within a user: x in {0,1}^(B x M), sparse.
 

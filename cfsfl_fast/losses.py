@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def annealed_beta(step: int, anneal_steps: int, cap: float) -> float:
+def annealed_beta(step: int | Tensor, anneal_steps: int, cap: float) -> float | Tensor:
     """beta = min(cap, step / anneal_steps), the KL weight of the ELBO."""
+    if isinstance(step, Tensor):
+        return (step / anneal_steps).clamp_max(cap)
     return min(cap, step / anneal_steps)
 
 
-def adversarial(logit: Tensor) -> Tensor:
+def shares(counted: Tensor) -> Tensor:
+    """What each user adds to a mean over those that count: 1 / their number, 0 for the others. [B] bool -> [B]"""
+    return counted / counted.sum().clamp_min(1)
+
+
+def mean(values: Tensor, share: Tensor) -> Tensor:
+    """Mean over users, sum_b share_b values_b; 0 of none. [B], [B] -> []"""
+    return (values * share).sum()
+
+
+def adversarial(logit: Tensor, share: Tensor) -> Tensor:
     """The second term of (7), -log R = softplus(-g), mean over users."""
-    return F.softplus(-logit).mean()
+    return mean(F.softplus(-logit), share)
 
 
-def reward_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
+def reward_loss(real: Tensor, fake: Tensor, kind: str, real_share: Tensor, fake_share: Tensor) -> Tensor:
     """What the reward estimator minimises; real and fake are the logits g of the expert's and the recommender's lists.
 
     "imitation": mean softplus(-g(real)) + mean softplus(g(fake)) (Ho and Ermon 2016, R the probability of "expert").
     "literal": the negative of (8) as printed, E[log R(fake)] + E[1 - log R(real)], which has no bound.
     """
     if kind == "imitation":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-    return F.logsigmoid(fake).mean() + (1 - F.logsigmoid(real)).mean()
-
-
-def mean(values: Tensor) -> Tensor:
-    """Mean over users; 0 of none."""
-    return values.mean() if len(values) else torch.zeros((), device=values.device)
+        return mean(F.softplus(-real), real_share) + mean(F.softplus(fake), fake_share)
+    return mean(F.logsigmoid(fake), fake_share) + mean(1 - F.logsigmoid(real), real_share)

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from cfsfl_fast import losses, noise, ops
+from cfsfl_fast import backends, losses, noise, ops
 from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.model import CFSFL
 from cfsfl_fast.recommenders import Code
@@ -34,25 +36,27 @@ class View(NamedTuple):
     exclude: tuple[Tensor, Tensor] | None  # never listed
     mask: tuple[Tensor, Tensor] | None  # left out of the softmax
     sizes: Tensor  # |x|. [B]
+    share: Tensor  # what each user adds to a mean over users: 1 / B, or 0 for nobody. [B]
 
 
-def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int) -> View:
+def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int | Tensor) -> View:
     """The histories of some users with a fresh dropout mask.
 
     Args:
         x: their rows.
-        users: their numbers, which key the mask. [B] int64
+        users: their numbers, which key the mask; -1 is nobody, whose row is empty. [B] int64
         config: dropout and reading.
         *keys: more keys of the mask, as the epoch.
     """
     kept = noise.uniform(DROPOUT, *keys, x.spread(users), x.items, device=users.device) >= config.dropout
     entries = x.unit_weights() / (1 - config.dropout)
+    share = losses.shares(users >= 0)
     if config.reading == "full":
-        return View(x, entries * kept, x, x, None, None, x.counts)
+        return View(x, entries * kept, x, x, None, None, x.counts, share)
     seen = x.where(kept)
     exclude = seen.csr
     mask = exclude if config.mask_kept else None
-    return View(seen, entries[kept], seen, x.where(~kept), exclude, mask, x.counts)
+    return View(seen, x.pick(kept, entries), seen, x.where(~kept), exclude, mask, x.counts, share)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Noise:
     users: Tensor
     latent_dim: int
     fresh: bool
-    keys: tuple[int, ...]
+    keys: tuple[int | Tensor, ...]
 
     def __call__(self, t: int) -> Tensor:
         """eps of pass t: the same for every t unless fresh. [B, Z]"""
@@ -70,7 +74,7 @@ class Noise:
         return noise.normal(LATENT, *self.keys, t if self.fresh else 0, self.users[:, None], z, device=z.device)
 
 
-def _kl_weight(batch: View, config: CFSFLConfig, step: int) -> Tensor | float:
+def _kl_weight(batch: View, config: CFSFLConfig, step: int | Tensor) -> Tensor | float:
     if config.kl == "none":
         return 0.0
     assert isinstance(config.anneal_steps, int)
@@ -88,7 +92,7 @@ class Lists(NamedTuple):
     scores: Tensor  # [B, K]
 
 
-def recommender_step(model: CFSFL, batch: View, eps: Noise, step: int) -> Tensor:
+def recommender_step(model: CFSFL, batch: View, eps: Noise, step: int | Tensor) -> Tensor:
     """L_sup of the recommender alone (T = 0), mean over users."""
     recommender = model.recommender
     hoisted = recommender.hoist(*batch.encoded.csr, batch.weights)
@@ -97,17 +101,17 @@ def recommender_step(model: CFSFL, batch: View, eps: Noise, step: int) -> Tensor
 
 
 def _supervised(
-    model: CFSFL, batch: View, code: Code, output: ops.Table, step: int, k: int = 0, state: Any = None
+    model: CFSFL, batch: View, code: Code, output: ops.Table, step: int | Tensor, k: int = 0, state: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_sup of one pass, mean over users, and the list of its K best items."""
     kl_weight = _kl_weight(batch, model.config, step)
     loss, ids, scores = model.recommender.loss(
         code, output, *batch.targets.csr, exclude=batch.mask, kl_weight=kl_weight, k=k, state=state
     )
-    return losses.mean(loss), ids, scores
+    return losses.mean(loss, batch.share), ids, scores
 
 
-def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor, Lists]:
+def joint_step(model: CFSFL, batch: View, eps: Noise, step: int | Tensor) -> tuple[Tensor, Lists]:
     """L_C (7) through the T-step loop, and the lists a^T. The reward estimator is frozen; the adversarial term moves
     neither it nor the lookup table.
     """
@@ -131,7 +135,7 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int) -> tuple[Tensor
         else:
             h = ops.fuse(hx.detach(), lookup.detached(), ids, scores, config.action)
         frozen = [(w.detach(), b.detach()) for w, b in weights(model.reward)]
-        loss = loss + config.reward_weight * losses.adversarial(ops.mlp(h, frozen).squeeze(1))
+        loss = loss + config.reward_weight * losses.adversarial(ops.mlp(h, frozen).squeeze(1), batch.share)
     return loss, Lists(ids, scores.detach())
 
 
@@ -149,14 +153,17 @@ def reward_step(model: CFSFL, batch: View, lists: Lists) -> tuple[Tensor, Tensor
     expert = hx + ops.row_bag(lookup, *batch.targets.csr, batch.targets.mean_weights())
     listed = "topk_softmax" if model.config.action in ("topk_softmax", "softmax") else "hard"
     h = ops.fuse(hx, lookup, *lists, listed)
-    has_expert = batch.targets.counts > 0
-    real, fake = (ops.mlp(rows, weights(model.reward)).squeeze(1) for rows in (expert[has_expert], h))
-    loss = losses.reward_loss(real, fake, model.config.reward_loss) if len(real) else losses.adversarial(-fake)
-    return loss, losses.mean(real.detach().sigmoid()), losses.mean(fake.detach().sigmoid())
+    real, fake = (ops.mlp(rows, weights(model.reward)).squeeze(1) for rows in (expert, h))
+    share = losses.shares(batch.targets.counts > 0)  # users without targets have no expert
+    loss = losses.reward_loss(real, fake, model.config.reward_loss, share, batch.share)
+    return loss, losses.mean(real.detach().sigmoid(), share), losses.mean(fake.detach().sigmoid(), batch.share)
 
 
 class Optimisers:
-    """Adam over the parts of a model that a stage updates; the l2 penalty is on the recommender's weights alone."""
+    """Adam over the parts of a model that a stage updates; the l2 penalty is on the recommender's weights alone.
+
+    updates: what the last epoch updated by, for the next.
+    """
 
     def __init__(self, model: CFSFL, stage: str) -> None:
         config = model.config
@@ -175,6 +182,7 @@ class Optimisers:
             groups.append((psi, config.feedback_learning_rate, 0.0))
         phi = [n for n in named if n.startswith(("reward.", "lookup."))]
         self.named = named
+        self.updates: Updates | None = None
         self.main = None if stage == "reward" else _adam(named, groups)
         reward = stage == "reward" or (stage == "joint" and config.uses_reward)
         self.reward = _adam(named, [(phi, config.reward_learning_rate, 0.0)]) if reward else None
@@ -199,10 +207,23 @@ class Optimisers:
 
 
 def _adam(named: dict[str, torch.nn.Parameter], groups: list[tuple[list[str], float, float]]) -> torch.optim.Adam:
-    return torch.optim.Adam(
-        [{"params": [named[n] for n in names], "lr": rate, "weight_decay": decay} for names, rate, decay in groups],
+    """On a CUDA device counters and learning rates live there, where a captured update finds them."""
+    device = next(iter(named.values())).device
+    on_device = device.type == "cuda"
+    optimiser = torch.optim.Adam(
+        [
+            {
+                "params": [named[n] for n in names],
+                "lr": torch.tensor(rate, device=device) if on_device else rate,
+                "weight_decay": decay,
+            }
+            for names, rate, decay in groups
+        ],
         fused=True,
+        capturable=on_device,
     )
+    optimiser._warned_capturable_if_run_uncaptured = True  # warm-up runs uncaptured, and means it
+    return optimiser
 
 
 def update(optimiser: torch.optim.Adam, loss: Tensor) -> None:
@@ -223,6 +244,89 @@ class EpochSums(NamedTuple):
     list_reward: Tensor
 
 
+class Updates:
+    """A stage's updates as functions of user numbers: batches, losses, gradients and optimisers stay on the device.
+
+    Whatever changes from one update to the next is a tensor that stays where it is, so that an update can be captured
+    as a graph: the step, the epoch's keys, learning rates, and what an epoch sums up.
+    """
+
+    def __init__(self, model: CFSFL, histories: Interactions, optimisers: Optimisers, stage: str) -> None:
+        self.model, self.optimisers, self.stage = model, optimisers, stage
+        self.given = histories
+        self.histories = histories.padded(len(histories) + 1)  # nobody's row is the last
+        device = histories.items.device
+        self.graphs = Graphs(model.graphs.mode)
+        self.fixed = self.graphs.wanted(device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.keys = torch.zeros(0, dtype=torch.int64, device=device)
+        self.sums, self.last = torch.zeros(4, device=device), torch.zeros(4, device=device)
+        self.capacity: int | None = None
+
+    def begin(self, step: int, keys: tuple[int, ...], capacity: int | None) -> None:
+        """Starts an epoch.
+
+        Args:
+            step: updates of the recommender so far.
+            keys: of the epoch's random numbers.
+            capacity: entries that a batch has room for; None takes as many as there are.
+        """
+        if len(keys) != len(self.keys):
+            self.keys = self.keys.new_zeros(len(keys))
+        self.keys.copy_(torch.tensor(keys))
+        self.step.fill_(step)
+        self.sums.zero_()
+        self.capacity = capacity
+
+    def __call__(self, users: Tensor, others: Tensor) -> None:
+        """One update.
+
+        Args:
+            users: numbers of the batch's users; -1 is nobody. [B] int64
+            others: of the batch that the reward estimator alone learns from, where the config wants one.
+        """
+        self.graphs.run(
+            self._update,
+            *([users] if self._shares_batch else [users, others]),
+            key=(self.capacity, self.model.config, backends.resolve(users.device)),
+            reads=[*self.model.parameters(), *self.model.buffers(), self.histories.items, self.keys],
+        )
+
+    @property
+    def _shares_batch(self) -> bool:
+        return self.stage != "joint" or self.optimisers.reward is None or self.model.config.reward_batch == "shared"
+
+    def _seen(self, users: Tensor, *more: int) -> tuple[View, Noise]:
+        config = self.model.config
+        keys: tuple[int | Tensor, ...] = (*self.keys.unbind(), *more)
+        rows = self.histories.take(users.where(users >= 0, len(self.histories) - 1), self.capacity)
+        return view(rows, users, config, *keys), Noise(users, config.latent_dim, config.noise == "fresh", keys)
+
+    def _update(self, *batches: Tensor) -> tuple[Tensor, ...]:
+        model, config, optimisers = self.model, self.model.config, self.optimisers
+        batch, eps = self._seen(batches[0])
+        found = torch.zeros_like(self.last)
+        lists = None
+        if optimisers.main is not None:
+            if self.stage == "joint":
+                loss, lists = joint_step(model, batch, eps, self.step)
+            else:
+                loss = recommender_step(model, batch, eps, self.step)
+            update(optimisers.main, loss)
+            found[0] = loss.detach()
+            self.step += 1
+        if optimisers.reward is not None:
+            if lists is None or len(batches) > 1:
+                batch, eps = self._seen(batches[-1], 1)
+                lists = recommended_lists(model, batch, eps, config.steps if self.stage == "joint" else 0)
+            loss, real, fake = reward_step(model, batch, lists)
+            update(optimisers.reward, loss)
+            found[1:] = torch.stack([loss.detach(), real, fake])
+        self.last.copy_(found)
+        self.sums += found * (batches[0] >= 0).sum()
+        return ()
+
+
 def run_epoch(
     model: CFSFL,
     histories: Interactions,
@@ -233,10 +337,10 @@ def run_epoch(
     step: int,
     tick: Callable[[int, Callable[[], float]], None],
 ) -> tuple[EpochSums, int]:
-    """One epoch of a stage.
+    """One epoch of a stage. Nothing waits for the device before its end, but where `tick` reads a loss.
 
     Args:
-        histories: of all training users.
+        histories: of all training users, on the model's device.
         stage: "recommender", "control" (the recommender alone at stage 3's rate), "reward" or "joint".
         order: the users in the order of the epoch. [U] int64
         keys: of the epoch's random numbers.
@@ -246,41 +350,22 @@ def run_epoch(
     Returns:
         Sums over users, and the updates so far.
     """
-    config = model.config
-    assert isinstance(config.batch_size, int)
-    sums = torch.zeros(4, device=order.device)
-
-    def seen(users: Tensor, *more: int) -> tuple[View, Noise]:
-        eps = Noise(users, config.latent_dim, config.noise == "fresh", (*keys, *more))
-        return view(histories.take(users), users, config, *keys, *more), eps
-
-    for users in order.split(config.batch_size):
-        batch, eps = seen(users)
-        found = sums.new_zeros(4)
-        lists = None
-        if stage in ("recommender", "control"):
-            loss = recommender_step(model, batch, eps, step)
-        elif stage == "joint":
-            loss, lists = joint_step(model, batch, eps, step)
-        if optimisers.main is not None:
-            update(optimisers.main, loss)
-            found[0] = loss.detach()
-            step += 1
-        if optimisers.reward is not None:
-            if lists is None or config.reward_batch == "fresh":
-                users = _others(users, order) if lists is not None else users
-                batch, eps = seen(users, 1)
-                lists = recommended_lists(model, batch, eps, config.steps if stage == "joint" else 0)
-            loss, real, fake = reward_step(model, batch, lists)
-            update(optimisers.reward, loss)
-            found[1:] = torch.stack([loss.detach(), real, fake])
-        sums += found * len(users)
-        last = found[0] if optimisers.main is not None else found[1]
-        tick(len(users), last.item)
-    return EpochSums(*sums.cpu()), step
-
-
-def _others(users: Tensor, order: Tensor) -> Tensor:
-    """Another batch of the epoch: the one half an epoch on, as many users."""
-    start = int((order == users[0]).nonzero()) + len(order) // 2
-    return order[torch.arange(start, start + len(users), device=order.device) % len(order)]
+    B = model.config.batch_size
+    assert isinstance(B, int)
+    updates = optimisers.updates
+    if updates is None or (updates.model, updates.given, updates.stage) != (model, histories, stage):
+        updates = optimisers.updates = Updates(model, histories, optimisers, stage)
+    # The reward estimator's own batch is the one half an epoch on.
+    orders, room = [order, order.roll(-(len(order) // 2))], None
+    if updates.fixed:
+        counts = histories.host_counts
+        room = capacity(max(int(counts[some].sum()) for users in orders for some in users.cpu().split(B)))
+        orders = [F.pad(users, (0, -len(users) % B), value=-1) for users in orders]
+    updates.begin(step, keys, room)
+    which = 0 if optimisers.main is not None else 1
+    batches = zip(*(users.split(B) for users in orders), strict=True)
+    for number, (users, others) in enumerate(batches):
+        updates(users, others)
+        tick(min(B, len(order) - number * B), lambda: float(updates.last[which]))
+    n_updates = -(-len(order) // B) if optimisers.main is not None else 0
+    return EpochSums(*updates.sums.cpu()), step + n_updates

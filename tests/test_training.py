@@ -118,7 +118,8 @@ def test_the_adversarial_term_moves_the_recommender_alone(action: str, reading: 
         found = torch.autograd.grad(loss, [named[n] for n in wanted], allow_unused=True)
         gradients.append((float(loss), dict(zip(wanted, found, strict=True)), lists))
     (plain, without, lists), (more, with_it, _) = gradients
-    expected = losses.adversarial(torch.logit(_rewards(model, view(x, users, config, 5), lists, action)))
+    batch = view(x, users, config, 5)
+    expected = losses.adversarial(torch.logit(_rewards(model, batch, lists, action)), batch.share)
     if action == "straight_through":
         assert more - plain == pytest.approx(3 * float(expected), rel=1e-4)
     assert not torch.allclose(without["recommender.output.weight"], with_it["recommender.output.weight"], atol=1e-8)
@@ -173,11 +174,23 @@ def test_the_literal_reward_loss_is_minus_equation_8() -> None:
     real, fake = torch.randn(9), torch.randn(9)
     r, f = real.sigmoid(), fake.sigmoid()
     printed = -f.log().mean() - (1 - r.log()).mean()
-    assert float(losses.reward_loss(real, fake, "literal")) == pytest.approx(-float(printed), rel=1e-5)
+    share = losses.shares(torch.ones(9, dtype=torch.bool))
+    found = losses.reward_loss(real, fake, "literal", share, share)
+    assert float(found) == pytest.approx(-float(printed), rel=1e-5)
+
+
+def test_means_leave_nobody_out() -> None:
+    counted = torch.tensor([True, False, True])
+    assert losses.shares(counted).tolist() == [0.5, 0, 0.5]
+    assert float(losses.mean(torch.tensor([1.0, 9.0, 4.0]), losses.shares(counted))) == 2.5
+    assert float(losses.mean(torch.ones(3), losses.shares(torch.zeros(3, dtype=torch.bool)))) == 0
 
 
 def test_beta_rises_to_its_cap() -> None:
-    assert [losses.annealed_beta(step, 100, 0.2) for step in (0, 10, 20, 50)] == [0, 0.1, 0.2, 0.2]
+    steps = (0, 10, 20, 50)
+    assert [losses.annealed_beta(step, 100, 0.2) for step in steps] == [0, 0.1, 0.2, 0.2]
+    on_device = [float(losses.annealed_beta(torch.tensor(step), 100, 0.2)) for step in steps]
+    assert on_device == pytest.approx([0, 0.1, 0.2, 0.2])
 
 
 def test_an_update_is_adam_on_the_penalised_loss() -> None:
