@@ -336,17 +336,18 @@ def linear_squares(
 
     Traffic   2 M H^2 flops instead of the 2 B M H of scores.
     """
-    rows = rows_of(offsets, len(items))
+    rows, columns = _inside(items, offsets, 0, len(weight))
     cross = bias @ weight
     half = torch.mm(u, torch.mm(weight.T, weight)).add_(cross)  # half the gradient of the sum in u
-    found = linear_pick(u, weight, bias, items, rows)
-    loss = ((half + cross) * u).sum(1, dtype=torch.float64).add_(bias.square().sum(dtype=torch.float64)).to(u.dtype)
+    found = linear_pick(u, weight, bias, columns, rows.clamp_max(len(u) - 1))
+    loss = ((half + cross) * u).sum(1, dtype=torch.float64).add_(bias.square().sum(dtype=torch.float64))
+    loss = F.pad(loss.to(u.dtype), (0, 1))
     loss.index_add_(0, rows, positive * (found - 1).square() - found.square())
     if exclude is None:
-        return loss, (half, found)
-    rows = rows_of(exclude[1], len(exclude[0]))
-    left_out = linear_pick(u, weight, bias, exclude[0], rows)
-    return loss.index_add_(0, rows, -left_out.square()), (half, found, left_out)
+        return loss[:-1], (half, found)
+    rows, columns = _inside(*exclude, 0, len(weight))
+    left_out = linear_pick(u, weight, bias, columns, rows.clamp_max(len(u) - 1))
+    return loss.index_add_(0, rows, -left_out.square())[:-1], (half, found, left_out)
 
 
 def linear_squares_backward(
@@ -369,10 +370,10 @@ def linear_squares_backward(
     summed = g @ u  # [H]
     dweight = torch.addr(weight @ torch.mm(u.T, u * g[:, None]), bias, summed)
     dbias = torch.addmv(bias * g.sum(), weight, summed)
-    g_of_target = g.repeat_interleave(offsets.diff(), output_size=len(found))
-    single = [g_of_target * (positive * (found - 1) - found)]
+    g = F.pad(g, (0, 1))
+    single = [g[rows_of(offsets, len(found))] * (positive * (found - 1) - found)]
     if exclude is not None and left_out is not None:
-        single.append(-g.repeat_interleave(exclude[1].diff(), output_size=len(left_out)) * left_out)
+        single.append(-g[rows_of(exclude[1], len(left_out))] * left_out)
     return du, dweight, dbias, single
 
 
@@ -385,11 +386,12 @@ def linear_warp(
 ) -> tuple[Tensor, Tensor]:
     """The rank-weighted loss of each user [B], and its gradient in the scores [B, M]."""
     n_users, n_items = len(u), len(weight)
-    positive = torch.zeros(n_users, n_items, dtype=torch.bool, device=u.device)
-    positive[rows_of(offsets, len(items)), items] = True
-    scores = torch.addmm(bias, u, weight.T)
+    positive = torch.zeros(n_users + 1, n_items, dtype=torch.bool, device=u.device)
+    positive[_inside(items, offsets, 0, n_items)] = True
+    block = u.new_empty(n_users + 1, n_items)
+    positive, scores = positive[:-1], torch.addmm(bias, u, weight.T, out=block[:-1])
     if exclude is not None:
-        scores[rows_of(exclude[1], len(exclude[0])), exclude[0]] = float("-inf")
+        block[_inside(*exclude, 0, n_items)] = float("-inf")
     counting = torch.arange(n_items + 1, dtype=torch.float64, device=u.device)
     harmonic = counting.clamp_min(1).reciprocal().cumsum(0) - 1  # Phi(r)
     width = max(1, WARP_SCORES // max(1, n_items))

@@ -485,6 +485,8 @@ def linear_squares(
     Returns:
         loss [B]; differentiable in u, weight and bias.
     """
+    items, offsets = _bounded(items, offsets)
+    exclude = exclude and _bounded(*exclude)
     impl = implementation(u.device)
     if impl is reference:
         return reference.linear_squares(u, output.weight, output.bias, items, offsets, exclude, positive)
@@ -524,6 +526,8 @@ def linear_warp(u: Tensor, output: Table, items: Tensor, offsets: Tensor, exclud
     Returns:
         loss [B]; differentiable in u, weight and bias.
     """
+    items, offsets = _bounded(items, offsets)
+    exclude = exclude and _bounded(*exclude)
     if implementation(u.device) is reference:
         return reference.linear_warp(u, output.weight, output.bias, items, offsets, exclude)
     return _LinearWARP.apply(u, output.weight, output.bias, items, offsets, exclude)
