@@ -112,8 +112,10 @@ class Table:
 
 
 def _bounded(items: Tensor, offsets: Tensor) -> CSR:
-    """CSR rows as implementations take them: on a CPU, entries behind the last row are cut off."""
-    return (items, offsets) if items.is_cuda or len(offsets) == 0 else (items[: int(offsets[-1])], offsets)
+    """CSR rows as implementations take them: on a CPU, entries behind the last row are cut off (an export has none)."""
+    if items.is_cuda or torch.compiler.is_exporting() or len(offsets) == 0:
+        return items, offsets
+    return items[: int(offsets[-1])], offsets
 
 
 class _RowBag(torch.autograd.Function):
@@ -146,7 +148,7 @@ def row_bag(table: Table, items: Tensor, offsets: Tensor, weights: Tensor | None
         [B, D]; an empty row gives 0.
     """
     items, offsets = _bounded(items, offsets)
-    weights = None if weights is None else weights[: len(items)].to(table.weight.dtype)
+    weights = None if weights is None else weights[: items.shape[0]].to(table.weight.dtype)
     impl = implementation(table.weight.device)
     if impl is reference:
         return reference.row_bag(table.weight, items, offsets, weights)

@@ -24,31 +24,50 @@ Layers = Sequence[tuple[Tensor, Tensor]]
 ACTIONS = ("straight_through", "topk_softmax", "softmax", "hard")
 
 
-def rows_of(offsets: Tensor) -> Tensor:
-    """The row of every CSR entry. [E]"""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
+def rows_of(offsets: Tensor, n_entries: int | None = None) -> Tensor:
+    """The row of every CSR entry; an exported program has to know beforehand how many there are. [E]"""
+    users = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    known = n_entries if torch.compiler.is_exporting() else None
+    return torch.repeat_interleave(users, offsets.diff(), output_size=known)
 
 
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]; an empty row gives 0."""
     entries = table[items] if weights is None else table[items] * weights[:, None]
-    return table.new_zeros(len(offsets) - 1, table.shape[1]).index_add(0, rows_of(offsets), entries)
+    rows = rows_of(offsets, items.shape[0])
+    return table.new_zeros(offsets.shape[0] - 1, table.shape[1]).index_add(0, rows, entries)
 
 
 def linear(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None = None) -> Tensor:
     """Scores s = u weight^T + bias, -inf where excluded. [B, M]"""
     scores = u @ weight.T + bias
-    if exclude is not None:
-        scores = scores.index_put((rows_of(exclude[1]), exclude[0]), scores.new_tensor(float("-inf")))
-    return scores
+    if exclude is None:
+        return scores
+    items, offsets = exclude
+    place, shut = (rows_of(offsets, items.shape[0]), items), scores.new_tensor(float("-inf"))
+    if torch.compiler.is_exporting():  # the rows of an exported program have entries of M, which exclude nothing
+        return F.pad(scores, (0, 1)).index_put(place, shut)[:, :-1]
+    return scores.index_put(place, shut)
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K best items of each row of scores [B, M]: (ids [B, K] int64, scores [B, K]), K = min(k, M)."""
     scores = scores.masked_fill(scores.isnan(), float("-inf"))
-    order = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order = _order(scores.detach(), k)
     best = scores.gather(1, order)
     return order.masked_fill(best == float("-inf"), -1), best
+
+
+def _order(scores: Tensor, k: int) -> Tensor:
+    """The columns of the K greatest of each row, ties to the smaller column. [B, K]"""
+    if not torch.compiler.is_exporting():
+        return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # A program that serves should not sort whole catalogues: the bits of a float32, made to ascend as integers do, and
+    # the column behind them are one key.
+    last = scores.shape[1] - 1
+    bits = (scores.float() + 0.0).view(torch.int32)
+    keys = bits.where(bits >= 0, bits ^ 0x7FFFFFFF).long() << 32 | torch.arange(last, -1, -1, device=scores.device)
+    return last - (keys.topk(min(k, last + 1)).values & 0xFFFFFFFF)
 
 
 def linear_topk(u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None) -> tuple[Tensor, Tensor]:
@@ -133,7 +152,7 @@ def linear_nll(
 ) -> Tensor:
     """The multinomial loss |x| logsumexp(s) - sum_{j in x} s_j of each user. [B]; 0 where x is empty."""
     scores = linear(u, weight, bias, exclude)
-    rows = rows_of(offsets)
+    rows = rows_of(offsets, items.shape[0])
     counts = offsets.diff()
     lse = torch.where(counts > 0, scores.logsumexp(1), 0)
     return lse * counts - scores.new_zeros(len(u)).index_add(0, rows, scores[rows, items])

@@ -13,12 +13,13 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
     "cli": {"checkpoint", "files", "backends", "config", "datasets", "evaluation", "model", "runs"}
-    | {"experiments", "plots", "reproduce", "sweep", "tables"},
+    | {"experiments", "export", "plots", "reproduce", "sweep", "tables"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"},
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},
+    "export": {"backends", "files", "interactions", "model", "ops"},
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "evaluation", "interactions"}
     | {"metrics", "stages", "training"},
     "stages": {"backends", "config", "datasets", "evaluation", "interactions", "metrics", "model", "training"},

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cfsfl_fast import backends
-from cfsfl_fast.cli import data, doctor, inference, reproduce, training
+from cfsfl_fast.cli import data, doctor, inference, reproduce, serving, training
 
 _EXPECTED = (
     ValueError,
@@ -49,6 +49,7 @@ for command in (
     reproduce.reproduce,
     reproduce.sweep_command,
     reproduce.plot,
+    serving.export_command,
     doctor.doctor,
 ):
     main.add_command(command)
