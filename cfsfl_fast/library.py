@@ -112,7 +112,7 @@ def _score(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None, start: 
     scores = block[:-1]
     torch.addmm(bias[start:stop], u, weight[start:stop].T, out=scores)
     if exclude is not None:
-        block[_inside(*exclude, start, stop)] = float("-inf")
+        block.index_put_(_inside(*exclude, start, stop), u.new_full((), float("-inf")))
     return scores
 
 
@@ -387,11 +387,11 @@ def linear_warp(
     """The rank-weighted loss of each user [B], and its gradient in the scores [B, M]."""
     n_users, n_items = len(u), len(weight)
     positive = torch.zeros(n_users + 1, n_items, dtype=torch.bool, device=u.device)
-    positive[_inside(items, offsets, 0, n_items)] = True
+    positive.index_put_(_inside(items, offsets, 0, n_items), positive.new_ones(()))
     block = u.new_empty(n_users + 1, n_items)
     positive, scores = positive[:-1], torch.addmm(bias, u, weight.T, out=block[:-1])
     if exclude is not None:
-        block[_inside(*exclude, 0, n_items)] = float("-inf")
+        block.index_put_(_inside(*exclude, 0, n_items), u.new_full((), float("-inf")))
     counting = torch.arange(n_items + 1, dtype=torch.float64, device=u.device)
     harmonic = counting.clamp_min(1).reciprocal().cumsum(0) - 1  # Phi(r)
     width = max(1, WARP_SCORES // max(1, n_items))
