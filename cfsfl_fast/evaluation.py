@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cfsfl_fast import metrics
+from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.interactions import Interactions, as_interactions
 
 RANKS = 100
@@ -48,6 +49,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = BATCH_SIZE,
     progress: str | None = None,
+    group: Group = ALONE,
 ) -> Evaluation:
     """Recall@20, Recall@50 and NDCG@100 of every user, from fold-in histories and held-out targets.
 
@@ -57,6 +59,7 @@ def evaluate(
             are left out.
         batch_size: users at once; it changes no figure.
         progress: label of a progress bar; None shows none.
+        group: processes that share the users; each gets everyone's figures.
 
     Raises:
         ValueError: the two do not have the same users and items, or batch_size is below 1.
@@ -69,7 +72,9 @@ def evaluate(
     history, wanted = (as_interactions(x, n_items, device) for x in (fold_in, targets))
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     judged = wanted.host_counts.nonzero().squeeze(1)
-    for users in tqdm(judged.split(batch_size), desc=progress, disable=None if progress else True, leave=False):
+    begin, end = group.span(len(judged))
+    own = judged[begin:end].split(batch_size) if end > begin else ()
+    for users in tqdm(own, desc=progress, disable=None if progress else True, leave=False):
         mine = wanted.take(users)
         hit = metrics.hits(recommend(history.take(users), RANKS)[0], mine)
         found.append(
@@ -79,9 +84,9 @@ def evaluate(
                 metrics.ndcg(hit, mine.counts, RANKS),
             )
         )
-    if not found:
-        return Evaluation(*(torch.empty(0, dtype=torch.float64),) * 3)
-    return Evaluation(*(torch.cat(values).cpu() for values in zip(*found, strict=True)))
+    empty = torch.empty(0, dtype=torch.float64)
+    values = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)] if found else [empty] * 3
+    return Evaluation(*(group.joined(mine, len(judged)) for mine in values))
 
 
 def seconds_to_answer(

@@ -13,9 +13,12 @@ def annealed_beta(step: int | Tensor, anneal_steps: int, cap: float) -> float | 
     return min(cap, step / anneal_steps)
 
 
-def shares(counted: Tensor) -> Tensor:
-    """What each user adds to a mean over those that count: 1 / their number, 0 for the others. [B] bool -> [B]"""
-    return counted / counted.sum().clamp_min(1)
+def shares(counted: Tensor, total: Tensor | None = None) -> Tensor:
+    """What each user adds to a mean over those that count: 1 / their number, 0 for the others. [B] bool -> [B]
+
+    total: their number where some of them are elsewhere.
+    """
+    return counted / (counted.sum() if total is None else total).clamp_min(1)
 
 
 def mean(values: Tensor, share: Tensor) -> Tensor:

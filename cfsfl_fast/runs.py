@@ -16,6 +16,7 @@ from cfsfl_fast import backends, checkpoint, files
 from cfsfl_fast.baselines import MostPopular
 from cfsfl_fast.config import LATER_FIELDS, CFSFLConfig
 from cfsfl_fast.datasets import Dataset, HeldOut
+from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
@@ -40,9 +41,11 @@ class Run(Trainer):
         start: the folder of a run whose stage 1 this one takes over instead of training it again.
         show_progress: progress bars on stderr, where that is a terminal.
         on_epoch: called with every epoch's figures.
+        group: processes that train this run together; the first writes, all read, so all must see `out`.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
+        ProcessError: another process stopped or does not answer.
         ValueError: `out` holds a run with another config or of other data, or `start` one whose stage 1 is another or
             not finished; both values are named.
     """
@@ -59,24 +62,24 @@ class Run(Trainer):
         start: Path | None = None,
         show_progress: bool = True,
         on_epoch: OnEpoch | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.data, self.out = data, out
         config = config.resolved(data.n_users)
         model = fresh_model(data.n_items, config, device=device, backend=backend)
         model.item_ids = data.item_ids
         histories = as_interactions(data.train, data.n_items, model.device)
-        super().__init__(model, histories, data.validation, show_progress=show_progress, on_epoch=on_epoch)
+        super().__init__(model, histories, data.validation, show_progress=show_progress, on_epoch=on_epoch, group=group)
         self.progress |= {"lines": 0, "data": self._shape()}
         taken = None
-        if start is not None and not (out / STATE).exists():
+        if start is not None and not self.group.first((out / STATE).exists):
             taken = self._stage_one_of(start)
-        if (out / checkpoint.CONFIG).exists():
+        if self.group.first((out / checkpoint.CONFIG).exists):
             if not resume:
                 raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
             self._resume()
         else:
-            out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_description(out, data.n_items, self.config, data.item_ids)
+            self._describe(out, self.config)
         if start is not None and taken is not None:
             self._take_over(start, taken)
 
@@ -96,15 +99,23 @@ class Run(Trainer):
 
     def begin(self, stage: str) -> None:
         """Describes the stage's model in its folder."""
-        folder = self.out / "stages" / stage
-        if not (folder / checkpoint.CONFIG).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            mine = self.config if stage == "joint" else dataclasses.replace(self.config, steps=0)
-            checkpoint.write_description(folder, self.data.n_items, mine, self.data.item_ids)
+        mine = self.config if stage == "joint" else dataclasses.replace(self.config, steps=0)
+        self._describe(self.out / "stages" / stage, mine)
+
+    def _describe(self, folder: Path, config: CFSFLConfig) -> None:
+        def write() -> None:
+            if not (folder / checkpoint.CONFIG).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_description(folder, self.data.n_items, config, self.data.item_ids)
+
+        self.group.first(write)
 
     def keep(self, stage: str) -> None:
         """Writes the stage's best weights."""
-        checkpoint.write_model(self.out / "stages" / stage, self.model.state_dict())
+        self._write_model(self.out / "stages" / stage)
+
+    def _write_model(self, folder: Path) -> None:
+        self.group.first(lambda: checkpoint.write_model(folder, self.model.state_dict()))
 
     def load(self, stage: str) -> None:
         """Reads a stage's best weights."""
@@ -113,24 +124,35 @@ class Run(Trainer):
     def log_epoch(self, record: Epoch) -> None:
         """A line of metrics.jsonl."""
         super().log_epoch(record)
-        # Whole lines of the epochs that the state knows of; a run that was killed wrote more.
+
+        def write() -> int:
+            lines = self._lines()
+            files.write_bytes(self.out / METRICS, b"".join(lines) + json.dumps(record.to_dict()).encode() + b"\n")
+            return len(lines) + 1
+
+        self.progress["lines"] = self.group.first(write)
+
+    def _lines(self) -> list[bytes]:
+        """The lines of metrics.jsonl that the state knows of; a run that was killed wrote more."""
         path = self.out / METRICS
-        lines = path.read_bytes().splitlines(keepends=True)[: self.progress["lines"]] if path.exists() else []
-        files.write_bytes(path, b"".join(lines) + json.dumps(record.to_dict()).encode() + b"\n")
-        self.progress["lines"] = len(lines) + 1
+        return path.read_bytes().splitlines(keepends=True)[: self.progress["lines"]] if path.exists() else []
 
     def save_state(self) -> None:
         """Writes weights, moments and progress."""
         assert self.optimisers is not None
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"optimiser/{name}": value for name, value in self.optimisers.state().items()}
-        checkpoint.write_tensors(self.out / STATE, tensors, {"progress": json.dumps(self.progress)})
+        self._write_state(tensors)
+
+    def _write_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        progress = {"progress": json.dumps(self.progress)}
+        self.group.first(lambda: checkpoint.write_tensors(self.out / STATE, tensors, progress))
 
     def end(self, stage: str, after: list[str]) -> None:
         """The stage's best weights become the run's model."""
         if stage != "control" and stage != "reward":
-            checkpoint.write_model(self.out, self.model.state_dict())
-        checkpoint.write_tensors(self.out / STATE, {}, {"progress": json.dumps(self.progress)})
+            self._write_model(self.out)
+        self._write_state({})
 
     # Another run's stage 1
 
@@ -159,7 +181,7 @@ class Run(Trainer):
         self.keep(stage)
         lines = (start / METRICS).read_bytes().splitlines(keepends=True)
         lines = [line for line in lines if json.loads(line)["stage"] == stage]
-        files.write_bytes(self.out / METRICS, b"".join(lines))
+        self.group.first(lambda: files.write_bytes(self.out / METRICS, b"".join(lines)))
         self.progress.update(lines=len(lines), step=first, first_step=first, best={stage: theirs["best"][stage]})
         self._leave(stage)
 
@@ -168,7 +190,7 @@ class Run(Trainer):
         return [*train.shape, int(train.nnz), int(np.asarray(train.indices, dtype=np.int64).sum())]
 
     def _resume(self) -> None:
-        files.remove_staged(self.out)
+        self.group.first(lambda: files.remove_staged(self.out))
         described = checkpoint.read_json(self.out / checkpoint.CONFIG)
         for name, value in self.config.to_dict().items():
             if described.get(name) != value:
@@ -188,19 +210,25 @@ class Run(Trainer):
             self.model.load_state_dict(parts["model"])
             self.optimisers = Optimisers(self.model, progress["stage"])
             self.optimisers.restore(parts["optimiser"])
-        lines = (self.out / METRICS).read_bytes().splitlines(keepends=True)
-        files.write_bytes(self.out / METRICS, b"".join(lines[: progress["lines"]]))
+        self.group.first(lambda: files.write_bytes(self.out / METRICS, b"".join(self._lines())))
 
     def _report(self) -> dict[str, Any]:
         """Every system on the test users: mean and standard error, and the paired difference to its control."""
         path = self.out / REPORT
-        if path.exists():
+        if self.group.first(path.exists):
             return checkpoint.read_json(path)
         test = self.data.test
         label = "test" if self.show_progress else None
         popular = MostPopular(self.data.train)
         judged = {
-            "most popular": evaluate(popular.recommend, test.fold_in, test.targets, device=self.device, progress=label)
+            "most popular": evaluate(
+                popular.recommend,
+                test.fold_in,
+                test.targets,
+                device=self.device,
+                progress=label,
+                group=self.group,
+            )
         }
         for stage, name in self.systems.items():
             if stage in self.progress["best"]:
@@ -218,8 +246,12 @@ class Run(Trainer):
             control = self.systems["control" if "control" in self.progress["best"] else "recommender"]
             gain = mean(judged[system].ndcg100 - judged[control].ndcg100)
             report["gain"] = {"of": system, "over": control, "NDCG@100": list(gain)}
-        write_per_user(self.out / USERS, test, judged)
-        files.write_bytes(path, (json.dumps(report, indent=2) + "\n").encode())
+
+        def write() -> None:
+            write_per_user(self.out / USERS, test, judged)
+            files.write_bytes(path, (json.dumps(report, indent=2) + "\n").encode())
+
+        self.group.first(write)
         return report
 
 

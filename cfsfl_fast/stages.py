@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cfsfl_fast import backends
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.datasets import HeldOut
+from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.metrics import Mean
@@ -80,6 +81,7 @@ class Trainer:
         validation: users by whose NDCG@100 a stage's best epoch is chosen; with None it is the last.
         show_progress: progress bars on stderr, where that is a terminal.
         on_epoch: called with every epoch's figures.
+        group: processes that train this model together, each with the same arguments.
     """
 
     def __init__(
@@ -90,10 +92,12 @@ class Trainer:
         *,
         show_progress: bool = True,
         on_epoch: OnEpoch | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.model, self.histories, self.validation = model, histories, validation
         self.config, self.device = model.config, model.device
-        self.show_progress, self.on_epoch = show_progress, on_epoch
+        self.show_progress, self.on_epoch = show_progress and group.is_first, on_epoch
+        self.group = group
         self.progress: dict[str, Any] = {"stage": STAGES[0], "epoch": 0, "step": 0, "best": {}}
         self.optimisers: Optimisers | None = None
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -158,6 +162,7 @@ class Trainer:
             held_out.targets,
             device=self.device,
             progress=label if self.show_progress else None,
+            group=self.group,
         )
 
     # A stage
@@ -221,7 +226,9 @@ class Trainer:
                 (config.seed, number, epoch),
                 self.progress["step"],
                 tick,
+                self.group,
             )
+        self.group.check_same(list(self.model.parameters()), "the weights")
         seconds = time.perf_counter() - began
         figures = {name: float(value) / n_users for name, value in sums._asdict().items()}
         if not all(math.isfinite(value) for value in figures.values()):

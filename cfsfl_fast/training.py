@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cfsfl_fast import backends, losses, noise, ops
 from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.model import CFSFL
@@ -39,7 +40,7 @@ class View(NamedTuple):
     share: Tensor  # what each user adds to a mean over users: 1 / B, or 0 for nobody. [B]
 
 
-def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int | Tensor) -> View:
+def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int | Tensor, share: Tensor | None = None) -> View:
     """The histories of some users with a fresh dropout mask.
 
     Args:
@@ -47,10 +48,11 @@ def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int | Tenso
         users: their numbers, which key the mask; -1 is nobody, whose row is empty. [B] int64
         config: dropout and reading.
         *keys: more keys of the mask, as the epoch.
+        share: what each adds to a mean, where these are not all the users of a batch. [B]
     """
     kept = noise.uniform(DROPOUT, *keys, x.spread(users), x.items, device=users.device) >= config.dropout
     entries = x.unit_weights() / (1 - config.dropout)
-    share = losses.shares(users >= 0)
+    share = losses.shares(users >= 0) if share is None else share
     if config.reading == "full":
         return View(x, entries * kept, x, x, None, None, x.counts, share)
     seen = x.where(kept)
@@ -146,15 +148,20 @@ def recommended_lists(model: CFSFL, batch: View, eps: Noise, steps: int) -> List
     return Lists(*ops.linear_topk(loop.code.u, loop.output, model.config.top_k, batch.exclude, loop.state))
 
 
-def reward_step(model: CFSFL, batch: View, lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
-    """L_R of the reward estimator and the lookup table, and the mean rewards of the expert's and of the given lists."""
+def reward_step(model: CFSFL, batch: View, lists: Lists, group: Group = ALONE) -> tuple[Tensor, Tensor, Tensor]:
+    """L_R of the reward estimator and the lookup table, and the mean rewards of the expert's and of the given lists.
+
+    Of each, the part of this process where a group shares the batch.
+    """
     lookup = ops.Table(model.lookup.weight)
     hx = ops.row_bag(lookup, *batch.seen.csr, batch.seen.mean_weights())
     expert = hx + ops.row_bag(lookup, *batch.targets.csr, batch.targets.mean_weights())
     listed = "topk_softmax" if model.config.action in ("topk_softmax", "softmax") else "hard"
     h = ops.fuse(hx, lookup, *lists, listed)
     real, fake = (ops.mlp(rows, weights(model.reward)).squeeze(1) for rows in (expert, h))
-    share = losses.shares(batch.targets.counts > 0)  # users without targets have no expert
+    has_expert = batch.targets.counts > 0
+    (n_experts,) = group.sums([has_expert.sum()])
+    share = losses.shares(has_expert, n_experts)
     loss = losses.reward_loss(real, fake, model.config.reward_loss, share, batch.share)
     return loss, losses.mean(real.detach().sigmoid(), share), losses.mean(fake.detach().sigmoid(), batch.share)
 
@@ -226,10 +233,15 @@ def _adam(named: dict[str, torch.nn.Parameter], groups: list[tuple[list[str], fl
     return optimiser
 
 
-def update(optimiser: torch.optim.Adam, loss: Tensor) -> None:
-    """One step down a loss, which moves this optimiser's parameters and leaves no gradient on any other."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+def update(optimiser: torch.optim.Adam, loss: Tensor, group: Group = ALONE) -> None:
+    """One step down a loss, which moves this optimiser's parameters and leaves no gradient on any other.
+
+    Where a group shares the batch, down the sum of its processes' losses.
+    """
+    parameters = [p for part in optimiser.param_groups for p in part["params"]]
+    found = zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
+    used = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
+    for (parameter, _), gradient in zip(used, group.sums([gradient for _, gradient in used]), strict=True):
         parameter.grad = gradient
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -249,10 +261,15 @@ class Updates:
 
     Whatever changes from one update to the next is a tensor that stays where it is, so that an update can be captured
     as a graph: the step, the epoch's keys, learning rates, and what an epoch sums up.
+
+    Where a group shares every batch, each process computes its users' part of the losses; noise is keyed by user, and
+    gradients are summed, so an update is that of one process up to rounding.
     """
 
-    def __init__(self, model: CFSFL, histories: Interactions, optimisers: Optimisers, stage: str) -> None:
-        self.model, self.optimisers, self.stage = model, optimisers, stage
+    def __init__(
+        self, model: CFSFL, histories: Interactions, optimisers: Optimisers, stage: str, group: Group = ALONE
+    ) -> None:
+        self.model, self.optimisers, self.stage, self.group = model, optimisers, stage, group
         self.given = histories
         self.histories = histories.padded(len(histories) + 1)  # nobody's row is the last
         device = histories.items.device
@@ -282,7 +299,7 @@ class Updates:
         """One update.
 
         Args:
-            users: numbers of the batch's users; -1 is nobody. [B] int64
+            users: numbers of the batch's users, of all processes; -1 is nobody. [B] int64
             others: of the batch that the reward estimator alone learns from, where the config wants one.
         """
         self.graphs.run(
@@ -296,11 +313,14 @@ class Updates:
     def _shares_batch(self) -> bool:
         return self.stage != "joint" or self.optimisers.reward is None or self.model.config.reward_batch == "shared"
 
-    def _seen(self, users: Tensor, *more: int) -> tuple[View, Noise]:
+    def _seen(self, everyone: Tensor, *more: int) -> tuple[View, Noise]:
         config = self.model.config
+        users, share = self.group.part(everyone, -1), self.group.part(losses.shares(everyone >= 0), 0)
         keys: tuple[int | Tensor, ...] = (*self.keys.unbind(), *more)
         rows = self.histories.take(users.where(users >= 0, len(self.histories) - 1), self.capacity)
-        return view(rows, users, config, *keys), Noise(users, config.latent_dim, config.noise == "fresh", keys)
+        return view(rows, users, config, *keys, share=share), Noise(
+            users, config.latent_dim, config.noise == "fresh", keys
+        )
 
     def _update(self, *batches: Tensor) -> tuple[Tensor, ...]:
         model, config, optimisers = self.model, self.model.config, self.optimisers
@@ -312,15 +332,15 @@ class Updates:
                 loss, lists = joint_step(model, batch, eps, self.step)
             else:
                 loss = recommender_step(model, batch, eps, self.step)
-            update(optimisers.main, loss)
+            update(optimisers.main, loss, self.group)
             found[0] = loss.detach()
             self.step += 1
         if optimisers.reward is not None:
             if lists is None or len(batches) > 1:
                 batch, eps = self._seen(batches[-1], 1)
                 lists = recommended_lists(model, batch, eps, config.steps if self.stage == "joint" else 0)
-            loss, real, fake = reward_step(model, batch, lists)
-            update(optimisers.reward, loss)
+            loss, real, fake = reward_step(model, batch, lists, self.group)
+            update(optimisers.reward, loss, self.group)
             found[1:] = torch.stack([loss.detach(), real, fake])
         self.last.copy_(found)
         self.sums += found * (batches[0] >= 0).sum()
@@ -336,6 +356,7 @@ def run_epoch(
     keys: tuple[int, ...],
     step: int,
     tick: Callable[[int, Callable[[], float]], None],
+    group: Group = ALONE,
 ) -> tuple[EpochSums, int]:
     """One epoch of a stage. Nothing waits for the device before its end, but where `tick` reads a loss.
 
@@ -346,6 +367,7 @@ def run_epoch(
         keys: of the epoch's random numbers.
         step: updates of the recommender so far.
         tick: called after each batch with its number of users and a function that reads the last loss.
+        group: processes that share every batch.
 
     Returns:
         Sums over users, and the updates so far.
@@ -354,7 +376,7 @@ def run_epoch(
     assert isinstance(B, int)
     updates = optimisers.updates
     if updates is None or (updates.model, updates.given, updates.stage) != (model, histories, stage):
-        updates = optimisers.updates = Updates(model, histories, optimisers, stage)
+        updates = optimisers.updates = Updates(model, histories, optimisers, stage, group)
     # The reward estimator's own batch is the one half an epoch on.
     orders, room = [order, order.roll(-(len(order) // 2))], None
     if updates.fixed:
@@ -366,6 +388,7 @@ def run_epoch(
     batches = zip(*(users.split(B) for users in orders), strict=True)
     for number, (users, others) in enumerate(batches):
         updates(users, others)
-        tick(min(B, len(order) - number * B), lambda: float(updates.last[which]))
+        tick(min(B, len(order) - number * B), lambda: float(updates.last[which]) * group.size)
     n_updates = -(-len(order) // B) if optimisers.main is not None else 0
-    return EpochSums(*updates.sums.cpu()), step + n_updates
+    (sums,) = group.sums([updates.sums.clone()])
+    return EpochSums(*sums.cpu()), step + n_updates

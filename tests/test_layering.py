@@ -12,23 +12,24 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
-    "cli": {"checkpoint", "files", "backends", "config", "datasets", "evaluation", "model", "runs"}
-    | {"experiments", "export", "plots", "reproduce", "sweep", "tables"},
+    "cli": {"checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
+    | {"runs", "experiments", "export", "plots", "reproduce", "sweep", "tables"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"},
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},
     "export": {"backends", "files", "interactions", "model", "ops"},
-    "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "evaluation", "interactions"}
-    | {"metrics", "stages", "training"},
-    "stages": {"backends", "config", "datasets", "evaluation", "interactions", "metrics", "model", "training"},
-    "training": {"backends", "config", "graphs", "interactions", "loop", "losses", "model", "noise", "ops"}
-    | {"recommenders", "virtual_user"},
+    "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}
+    | {"interactions", "metrics", "stages", "training"},
+    "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
+    | {"training"},
+    "training": {"backends", "config", "distributed", "graphs", "interactions", "loop", "losses", "model", "noise"}
+    | {"ops", "recommenders", "virtual_user"},
     "estimator": {"backends", "ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},
-    "evaluation": {"metrics", "interactions"},
+    "evaluation": {"distributed", "metrics", "interactions"},
     "baselines": {"ops", "interactions"},
     "model": {"backends", "checkpoint", "graphs", "ops", "config", "interactions", "loop", "recommenders"}
     | {"virtual_user"},

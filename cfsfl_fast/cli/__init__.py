@@ -9,6 +9,7 @@ import click
 
 from cfsfl_fast import backends
 from cfsfl_fast.cli import data, doctor, inference, reproduce, serving, training
+from cfsfl_fast.distributed import ProcessError
 
 _EXPECTED = (
     ValueError,
@@ -16,6 +17,7 @@ _EXPECTED = (
     FloatingPointError,
     ImportError,
     backends.BackendError,
+    ProcessError,
 )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from cfsfl_fast import checkpoint, files
 from cfsfl_fast.cli.options import backend_option, device_option, torch_device
 from cfsfl_fast.datasets import Dataset, open_dataset, read_histories
+from cfsfl_fast.distributed import processes
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.model import CFSFL
 
@@ -29,19 +30,24 @@ from cfsfl_fast.model import CFSFL
 def evaluate_command(
     run: Path, data: Path, split: str, steps: int | None, batch_size: int, as_json: bool, device: str, backend: str
 ) -> None:
-    """Recall and NDCG of a trained model on held-out users."""
-    model = CFSFL.from_pretrained(run, torch_device(device), backend=backend)
+    """Recall and NDCG of a trained model on held-out users. Processes of torchrun share the users."""
+    where = torch_device(device)
+    model = CFSFL.from_pretrained(run, where, backend=backend)
     dataset = open_dataset(data)
     check_items(model, dataset)
     held_out = getattr(dataset, split)
-    found = evaluate(
-        lambda x, n: model.recommend(x, n, steps=steps),
-        held_out.fold_in,
-        held_out.targets,
-        device=model.device,
-        batch_size=batch_size,
-        progress=split,
-    )
+    with processes(where) as group:
+        found = evaluate(
+            lambda x, n: model.recommend(x, n, steps=steps),
+            held_out.fold_in,
+            held_out.targets,
+            device=model.device,
+            batch_size=batch_size,
+            progress=split if group.is_first else None,
+            group=group,
+        )
+    if not group.is_first:
+        return
     summary = found.summary()
     if as_json:
         users = len(found.ndcg100)
@@ -73,14 +79,20 @@ def check_items(model: CFSFL, data: Dataset) -> None:
 def recommend(
     run: Path, history: Path, n: int, out: Path | None, steps: int | None, include_seen: bool, device: str, backend: str
 ) -> None:
-    """The best items for the users of a file, new ones too, by their own ids."""
-    model = CFSFL.from_pretrained(run, torch_device(device), backend=backend)
+    """The best items for the users of a file, new ones too, by their own ids. Processes of torchrun share the users."""
+    where = torch_device(device)
+    model = CFSFL.from_pretrained(run, where, backend=backend)
     if model.item_ids is None:
         raise ValueError(f"{run} has no {checkpoint.ITEM_IDS}: its items have no ids of their own")
     users, histories, unknown = read_histories(history, model.item_ids)
+    with processes(where) as group:
+        begin, end = group.span(len(users))
+        mine = model.recommend(histories[begin:end], n, exclude_seen=not include_seen, steps=steps)
+        ids, scores = (group.joined(found, len(users)).cpu().numpy() for found in mine)
+    if not group.is_first:
+        return
     if unknown:
         click.echo(f"cfsfl: {unknown} pairs of {history} name items that the model does not know; left out", err=True)
-    ids, scores = (t.cpu().numpy() for t in model.recommend(histories, n, exclude_seen=not include_seen, steps=steps))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["user", "item", "rank", "score"])

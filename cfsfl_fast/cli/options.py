@@ -12,6 +12,7 @@ import torch
 
 from cfsfl_fast import backends
 from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.distributed import local_rank, under_torchrun
 
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 backend_option = click.option("--backend", type=click.Choice(backends.BACKENDS), default="auto", help="Who computes.")
@@ -19,7 +20,9 @@ backend_option = click.option("--backend", type=click.Choice(backends.BACKENDS),
 
 def torch_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and under_torchrun():
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:

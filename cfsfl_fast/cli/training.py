@@ -12,6 +12,7 @@ from cfsfl_fast import checkpoint
 from cfsfl_fast.cli.options import backend_option, config_field, config_options, device_option, torch_device
 from cfsfl_fast.config import PRESETS, CFSFLConfig
 from cfsfl_fast.datasets import open_dataset, save_dataset, synthetic_dataset
+from cfsfl_fast.distributed import processes
 from cfsfl_fast.model import CFSFL
 from cfsfl_fast.runs import Run, table
 
@@ -43,7 +44,8 @@ def train(
 ) -> None:
     """Train CF-SFL by Algorithm 1 and print its figures beside the plain recommender's.
 
-    DATA is a prepared folder, or a compact .npz. The options below are the fields of the config.
+    DATA is a prepared folder, or a compact .npz. The options below are the fields of the config. Several processes
+    share every batch: torchrun --nproc-per-node G -m cfsfl_fast train ...
     """
     fields = checkpoint.read_json(config_file) if config_file else {}
     for name in ("format_version", "n_items"):
@@ -51,8 +53,14 @@ def train(
     fields |= {name: config_field(name, text) for name, text in options.items() if text is not None}
     config = CFSFLConfig.from_dict({**PRESETS[preset], **fields})
     torch.set_flush_denormal(True)
-    run = Run(open_dataset(data), out, config, device=torch_device(device), backend=backend, resume=resume, start=start)
-    click.echo(table(run.train()))
+    where = torch_device(device)
+    with processes(where) as group:
+        run = Run(
+            open_dataset(data), out, config, device=where, backend=backend, resume=resume, start=start, group=group
+        )
+        report = run.train()
+        if group.is_first:
+            click.echo(table(report))
 
 
 @click.command()
