@@ -144,6 +144,20 @@ def _first(line: dict[str, Any]) -> bool:
     return line["stage"] == "recommender"
 
 
+def test_times_are_measured_again(out: Path, data: Path) -> None:
+    result = out / "cells" / LOOP / "seed-0" / "result.json"
+    before = json.loads(result.read_text())
+    result.write_text(json.dumps({**before, "microseconds": 1e9}))
+    popular = out / "cells" / "most_popular" / "seed-0" / "result.json"
+    unchanged = popular.read_bytes()
+    assert reproduce("table3", data, out, "--time-again").exit_code == 0
+    after = json.loads(result.read_text())
+    assert 0 < after["microseconds"] < 1e8
+    assert {**before, "microseconds": 0} == {**after, "microseconds": 0}
+    assert popular.read_bytes() == unchanged
+    assert float(rows_of(out / "table3.csv")["CF-SFL, T = 2"]["microseconds per user"]) == after["microseconds"]
+
+
 def test_another_config_or_other_data_are_refused(out: Path, data: Path, tmp_path: Path) -> None:
     result = reproduce("table3", data, out, "--l2", "0.5")
     assert result.exit_code == 2

@@ -16,7 +16,8 @@ ALLOWED = {
     | {"runs", "experiments", "export", "plots", "reproduce", "sweep", "tables"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
-    "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"},
+    "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"}
+    | {"model"},
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},
     "export": {"backends", "files", "interactions", "model", "ops"},

@@ -33,6 +33,7 @@ from cfsfl_fast.sweep import HEADER, sweep
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Seeds of every row: --seed and those after it.")
 @click.option("--quick", is_flag=True, help=f"A reduced schedule: {QUICK}; the options below win over it.")
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), default="default", help="Where the defaults come from.")
+@click.option("--time-again", is_flag=True, help="Measure the times of answers again, when the machine is quiet.")
 @device_option
 @backend_option
 @config_options
@@ -46,6 +47,7 @@ def reproduce(
     seeds: int,
     quick: bool,
     preset: str,
+    time_again: bool,
     device: str,
     backend: str,
     **options: Any,
@@ -64,10 +66,13 @@ def reproduce(
     experiment = EXPERIMENTS[what](fields)
     about = _about(context, laboratory, given if not quick else {**QUICK, **given}, preset)
     laboratory.run(experiment, seeds, lambda: _write_table(laboratory, experiment, seeds, about))
+    if time_again:
+        laboratory.time_again(experiment, seeds)
+        _write_table(laboratory, experiment, seeds, about)
     if what == "figure3":
         _figure3(laboratory, experiment, seeds)
     elif what == "figure4":
-        _figure4(laboratory, experiment, seeds)
+        _figure4(laboratory, experiment, seeds, time_again)
     click.echo((out / f"{what}.md").read_text(), nl=False)
 
 
@@ -88,7 +93,8 @@ def _about(context: click.Context, laboratory: Laboratory, changed: Mapping[str,
     words = ["cfsfl", "reproduce"]
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
-        if context.get_parameter_source(parameter.name or "") is not ParameterSource.COMMANDLINE:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if not given or parameter.name == "time_again":
             continue
         value = value.name if isinstance(value, Path) else value
         if isinstance(parameter, click.Argument):
@@ -119,13 +125,13 @@ def _figure3(laboratory: Laboratory, experiment: Experiment, seeds: int) -> None
     plots.save(plots.learning_curves(runs, laboratory.data.name), laboratory.out / experiment.name)
 
 
-def _figure4(laboratory: Laboratory, experiment: Experiment, seeds: int) -> None:
+def _figure4(laboratory: Laboratory, experiment: Experiment, seeds: int, time_again: bool) -> None:
     """Sweeps the models with the most steps over T; beside them, those that were trained with each T."""
     control, *looped = experiment.rows
     swept = []
     for seed, result in laboratory.results(looped[-1], seeds).items():
         path = laboratory.out / f"{experiment.name}-sweep-seed-{seed}.csv"
-        if not path.exists():
+        if time_again or not path.exists():
             model = CFSFL.from_pretrained(result.folder, laboratory.device, backend=laboratory.backend)
             files.write_bytes(path, _sweep_csv(sweep(model, laboratory.data.test, FIGURE4_RANGE)).encode())
         swept.append(_read_sweep(path))
