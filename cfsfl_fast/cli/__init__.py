@@ -52,6 +52,7 @@ for command in (
     reproduce.sweep_command,
     reproduce.plot,
     serving.export_command,
+    serving.serve,
     doctor.doctor,
 ):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`cfsfl export`: a trained model as a program that serves without this package."""
+"""`cfsfl export | serve`: a trained model as a program that runs without this package, or behind HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cfsfl_fast.cli.options import device_option, torch_device
+from cfsfl_fast.cli.options import backend_option, device_option, torch_device
 from cfsfl_fast.export import save_exported
 from cfsfl_fast.model import CFSFL
 
@@ -23,3 +23,36 @@ def export_command(run: Path, out: Path, n: int, steps: int | None, include_seen
     model = CFSFL.from_pretrained(run, torch_device(device))
     save_exported(model, out, min(n, model.n_items), steps=steps, exclude_seen=not include_seen)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {model.n_items} items, {min(n, model.n_items)} per user")
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 is every network, without any log-in.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 takes a free one.")
+@click.option("--max-n", default=1000, help="Items that a request may ask for.")
+@click.option("--max-items", default=10_000, help="Items of a history.")
+@click.option("--max-body", default=1 << 20, help="Bytes of a request.")
+@click.option("--batch", default=64, help="Users that the model answers at once.")
+@click.option("--max-waiting", default=1024, help="Requests that may wait; more are turned away with 503.")
+@device_option
+@backend_option
+def serve(
+    run: Path,
+    host: str,
+    port: int,
+    max_n: int,
+    max_items: int,
+    max_body: int,
+    batch: int,
+    max_waiting: int,
+    device: str,
+    backend: str,
+) -> None:
+    """Serve a trained model over HTTP: POST /recommend {"items": [...], "n": 10}; GET /health and /metrics."""
+    import uvicorn
+
+    from cfsfl_fast.serving import Limits, Server  # needs the extra
+
+    limits = Limits(n=max_n, items=max_items, body=max_body, batch=batch, waiting=max_waiting)
+    model = CFSFL.from_pretrained(run, torch_device(device), backend=backend)
+    uvicorn.run(Server(model, limits).app(), host=host, port=port, log_level="info", access_log=False)
