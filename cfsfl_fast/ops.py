@@ -451,22 +451,25 @@ class _LinearSquares(torch.autograd.Function):
         sink: Sink,
         impl: Any,
     ) -> Tensor:
-        loss, kept = library.linear_squares(u, weight, bias, items, offsets, exclude, positive)
-        ctx.save_for_backward(u, weight, bias, *kept)
-        ctx.single = [(items, offsets)] + ([] if exclude is None else [exclude])
-        ctx.rest = offsets, exclude, positive
+        loss, ctx.kept = library.linear_squares(u, weight, bias, items, offsets, exclude, positive)
+        ctx.save_for_backward(u, weight, bias)
+        ctx.rest = items, offsets, exclude, positive
         ctx.sink, ctx.impl = sink, impl
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, bias, *kept = ctx.saved_tensors
-        du, dweight, dbias, single = library.linear_squares_backward(dloss, u, weight, bias, *ctx.rest, *kept)
-        for (items, offsets), ds in zip(ctx.single, single, strict=True):
-            du += ctx.impl.row_bag(weight, items, offsets, ds)
+        u, weight, bias = ctx.saved_tensors
+        items, offsets, exclude, positive = ctx.rest
+        kept, ctx.kept = ctx.kept, None
+        du, dweight, dbias, single = library.linear_squares_backward(
+            dloss, u, weight, bias, items, offsets, exclude, positive, kept
+        )
+        for (ids, ends), ds in zip(((items, offsets), exclude), single, strict=False):
+            du += ctx.impl.row_bag(weight, ids, ends, ds)
             if ctx.sink is not None:
-                ctx.sink.append(_Lookups(items, offsets, ds, u))
+                ctx.sink.append(_Lookups(ids, ends, ds, u))
         return du, dweight, dbias, *(None,) * 6
 
 
@@ -475,7 +478,7 @@ def linear_squares(
 ) -> Tensor:
     """The weighted squared loss sum_j c_j (x_j - s_j)^2, s = u weight^T + bias; c_j = positive where x_j = 1, else 1.
 
-    Exact, by the Gram matrix of the output layer: scores [B, M] never exist.
+    Exact; for many users by the Gram matrix of the output layer, so that scores [B, M] never exist.
 
     Args:
         u: [B, H].
@@ -500,16 +503,19 @@ class _LinearWARP(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None
     ) -> Tensor:
-        loss, ds = library.linear_warp(u, weight, bias, items, offsets, exclude)
-        ctx.save_for_backward(u, weight, ds)
+        loss, ctx.ds = library.linear_warp(u, weight, bias, items, offsets, exclude)
+        ctx.save_for_backward(u, weight)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, ds = ctx.saved_tensors
-        scaled = u * dloss[:, None]
-        return torch.mm(ds, weight).mul_(dloss[:, None]), torch.mm(ds.T, scaled), dloss @ ds, None, None, None
+        u, weight = ctx.saved_tensors
+        ds, ctx.ds = ctx.ds, None
+        du = torch.mm(ds, weight).mul_(dloss[:, None])
+        dweight, dbias = torch.mm(ds.T, u * dloss[:, None]), dloss @ ds
+        library.scratch.give(ds)
+        return du, dweight, dbias, None, None, None
 
 
 def linear_warp(u: Tensor, output: Table, items: Tensor, offsets: Tensor, exclude: CSR | None = None) -> Tensor:

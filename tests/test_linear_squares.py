@@ -8,17 +8,25 @@ import torch
 from cfsfl_fast import backends, ops
 from cfsfl_fast.testing import assert_as_good, backend_params, poisoned, random_problem
 
-SHAPES = [(1, 1, 1), (0, 7, 5), (5, 60, 17), (13, 1030, 40), (31, 2100, 33)]
+SHAPES = [(1, 1, 1), (0, 7, 5), (5, 60, 17), (13, 1030, 40), (31, 2100, 33), (40, 300, 8)]
 
 
 @pytest.mark.parametrize("backend", backend_params())
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("whole_catalogue", [True, False])
 def test_loss_and_gradients(
-    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, exclude: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    exclude: bool,
+    whole_catalogue: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cfsfl_fast.library.PICKED", 7)
+    if not whole_catalogue:
+        monkeypatch.setattr("cfsfl_fast.library.CHUNK_SCORES", 200 * max(shape[0], 1))
     p = random_problem(*shape, exclude=exclude, strided=exclude)
     dloss = torch.rand(shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     answers = []
