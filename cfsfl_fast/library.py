@@ -7,6 +7,7 @@ Traffic   One [B, chunk] block of scores at a time, in a buffer that is used aga
           no atomics, the same bits on every run.
 Room      Entries behind offsets[-1] belong to no row and hold an item id of M. They meet in a row that is cut off:
           cutting them off first would wait for the device.
+Numerics  Products in the dtype of u. Scores narrower than float32 are widened, and everything after is float32.
 """
 
 from __future__ import annotations
@@ -62,9 +63,8 @@ def rows_of(offsets: Tensor, n_entries: int) -> Tensor:
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
     ends = F.pad(offsets, (0, 1), value=len(items))
-    bags = F.embedding_bag(
-        items.clamp_max(len(table) - 1), table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    ids, weights = items.clamp_max(len(table) - 1), None if weights is None else weights.to(table.dtype)
+    bags = F.embedding_bag(ids, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bags[:-1]
 
 
@@ -106,13 +106,21 @@ def _chunks(n_users: int, n_items: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + width, n_items)
 
 
+def _wide(u: Tensor) -> Tensor:
+    """Nothing, in the dtype of what is computed from products of u."""
+    return u.new_empty(0, dtype=torch.promote_types(u.dtype, torch.float32))
+
+
 def _score(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None, start: int, stop: int) -> Tensor:
     """Scores of the items start..stop, -inf where excluded, in a scratch block. [B, stop - start]"""
-    block = scratch.take(len(u) + 1, stop - start, u)
+    block = scratch.take(len(u) + 1, stop - start, _wide(u))
     scores = block[:-1]
-    torch.addmm(bias[start:stop], u, weight[start:stop].T, out=scores)
+    if scores.dtype == u.dtype:
+        torch.addmm(bias[start:stop], u, weight[start:stop].T, out=scores)
+    else:
+        scores.copy_(torch.addmm(bias[start:stop], u, weight[start:stop].T))
     if exclude is not None:
-        block.index_put_(_inside(*exclude, start, stop), u.new_full((), float("-inf")))
+        block.index_put_(_inside(*exclude, start, stop), block.new_full((), float("-inf")))
     return scores
 
 
@@ -169,8 +177,8 @@ def linear_nll(
     The last is [B, M] where the catalogue is one chunk, else None.
     """
     counts = offsets.diff()
-    lse = u.new_full((len(u),), float("-inf"))
-    hit = u.new_zeros(len(u) + 1)
+    lse = _wide(u).new_full((len(u),), float("-inf"))
+    hit = lse.new_zeros(len(u) + 1)
     found = None
     kept = None
     for start, stop in _chunks(len(u), len(weight)):
@@ -206,7 +214,7 @@ def linear_nll_backward(
     scale = (dnll * offsets.diff())[:, None]
     hits = F.pad(-dnll, (0, 1))
     lse = lse.masked_fill(lse == float("-inf"), 0)[:, None]
-    du = torch.zeros_like(u)
+    du = torch.zeros_like(u, dtype=lse.dtype)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     for start, stop in _chunks(len(u), len(weight)):
@@ -214,11 +222,20 @@ def linear_nll_backward(
         ds.mul_(scale)
         rows, columns = _inside(items, offsets, start, stop)
         ds.index_put_((rows.clamp_max(len(u) - 1), columns), hits[rows], accumulate=True)
-        du.addmm_(ds, weight[start:stop])
-        torch.mm(ds.T, u, out=dweight[start:stop])
-        torch.sum(ds, 0, out=dbias[start:stop])
+        _products(ds, u, weight[start:stop], du, dweight[start:stop], dbias[start:stop])
         scratch.give(ds)
-    return du, dweight, dbias
+    return du.to(u.dtype), dweight, dbias
+
+
+def _products(ds: Tensor, u: Tensor, weight: Tensor, du: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """Adds a chunk's ds O to du; writes its ds^T u and its sums over users."""
+    narrow = ds.to(u.dtype)
+    if du.dtype == u.dtype:
+        du.addmm_(ds, weight)
+    else:
+        du.add_(narrow @ weight)
+    torch.mm(narrow.T, u, out=dweight)
+    dbias.copy_(ds.sum(0))
 
 
 def list_softmax(ids: Tensor, scores: Tensor) -> Tensor:
@@ -276,8 +293,8 @@ def feedback_step(
 
 def fuse_softmax(u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None) -> tuple[Tensor, Tensor]:
     """softmax(s) lookup [B, D], streamed as attention with keys weight and values lookup; and logsumexp(s) [B]."""
-    mean = u.new_zeros(len(u), lookup.shape[1])
-    lse = u.new_full((len(u),), float("-inf"))
+    mean = lookup.new_zeros(len(u), lookup.shape[1])
+    lse = _wide(u).new_full((len(u),), float("-inf"))
     for start, stop in _chunks(len(u), len(weight)):
         scores = _score(u, weight, bias, exclude, start, stop)
         grown = torch.logaddexp(lse, scores.logsumexp(1))
@@ -300,7 +317,7 @@ def fuse_softmax_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, weight, bias and lookup: ds = p (dmean lookup^T - < dmean, mean >), p computed again."""
-    du = torch.zeros_like(u)
+    du = torch.zeros_like(u, dtype=lse.dtype)
     dweight, dbias, dlookup = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(lookup)
     inner = (dmean * mean).sum(1, keepdim=True)
     lse = lse.masked_fill(lse == float("-inf"), 0)[:, None]
@@ -308,11 +325,9 @@ def fuse_softmax_backward(
         p = _score(u, weight, bias, exclude, start, stop).sub_(lse).exp_()
         torch.mm(p.T, dmean, out=dlookup[start:stop])
         ds = p.mul_(torch.mm(dmean, lookup[start:stop].T).sub_(inner))
-        du.addmm_(ds, weight[start:stop])
-        torch.mm(ds.T, u, out=dweight[start:stop])
-        torch.sum(ds, 0, out=dbias[start:stop])
+        _products(ds, u, weight[start:stop], du, dweight[start:stop], dbias[start:stop])
         scratch.give(p)
-    return du, dweight, dbias, dlookup
+    return du.to(u.dtype), dweight, dbias, dlookup
 
 
 PICKED = 1 << 13

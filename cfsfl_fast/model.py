@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.loop import unroll
+from cfsfl_fast.numerics import PRECISIONS, numerics
 from cfsfl_fast.recommenders import RECOMMENDERS, Code
 from cfsfl_fast.virtual_user import LookupTable, VirtualUser, feedback_generator, reward_estimator
 
@@ -25,6 +27,9 @@ ROWS = 32
 
 BATCH = 512
 """Users that `recommend` answers at once by default; more come in as many batches as it takes."""
+
+MARGIN = 32
+"""Items beyond those asked for that `recommend(rescore=True)` scores again."""
 
 
 class Loop(NamedTuple):
@@ -64,6 +69,10 @@ class CFSFL(nn.Module):
         dropout: share of the history hidden in training.
         reading: "heldout" (lists leave out what the user has) or "full" (they may repeat it).
         backend: "auto", "triton", "cpp", "torch" or "reference".
+        precision: of the decoder's product, "fp32", "tf32" (a CUDA device's) or "bf16" (`numerics.PRECISIONS`); weights
+            stay float32.
+        deterministic: the same bits on every run and, in inference on a CUDA device, for every split into batches;
+            slower. A CPU's answers are so anyhow.
         graphs: "auto" replays inference and training updates as CUDA graphs on a CUDA device; False launches kernel by
             kernel; True also gives a CPU the padded shapes of graphs, for tests.
         **training: the other fields of `CFSFLConfig`, for its trainer.
@@ -87,6 +96,8 @@ class CFSFL(nn.Module):
         dropout: float = 0.5,
         reading: str = "heldout",
         backend: str = "auto",
+        precision: str = "fp32",
+        deterministic: bool = False,
         graphs: str | bool = "auto",
         **training: Any,
     ) -> None:
@@ -96,7 +107,11 @@ class CFSFL(nn.Module):
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {backend!r}")
         self.n_items = n_items
-        self.backend = backend
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+        if precision == "bf16" and backend == "reference":
+            raise ValueError('precision="bf16" is not what backend="reference" states; choose another of the two')
+        self.backend, self.precision, self.deterministic = backend, precision, deterministic
         self.graphs = Graphs(graphs)
         self.config = CFSFLConfig.from_dict(
             {
@@ -120,11 +135,9 @@ class CFSFL(nn.Module):
         self.feedback = feedback_generator(lookup_dim, feedback_dim)
 
     @classmethod
-    def from_config(
-        cls, n_items: int, config: CFSFLConfig, *, backend: str = "auto", graphs: str | bool = "auto"
-    ) -> CFSFL:
-        """A new model with every choice of a config."""
-        return cls(n_items, backend=backend, graphs=graphs, **dataclasses.asdict(config))
+    def from_config(cls, n_items: int, config: CFSFLConfig, **run_time: Any) -> CFSFL:
+        """A new model with every choice of a config; run_time: backend, precision, deterministic and graphs."""
+        return cls(n_items, **run_time, **dataclasses.asdict(config))
 
     @property
     def device(self) -> torch.device:
@@ -142,8 +155,18 @@ class CFSFL(nn.Module):
         return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def output_table(self) -> ops.Table:
-        """The recommender's output layer, for the operations of one pass."""
-        return ops.Table(self.recommender.output.weight, self.recommender.output.bias)
+        """The recommender's output layer, for the operations of one pass; rounded where products are narrow."""
+        output = self.recommender.output
+        if self.precision == "bf16":
+            # In every pass: a copy that is kept would be stale where nobody tells that weights changed.
+            return ops.Table(output.weight.bfloat16(), output.bias.bfloat16())
+        return ops.Table(output.weight, output.bias)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's backend, precision and determinism, for what runs inside."""
+        with backends.use_backend(self.backend), numerics(self.precision, self.deterministic, self.device):
+            yield
 
     def forward(self, x: Any, *, steps: int | None = None) -> Tensor:
         """Scores s^T of every item. In training mode with dropout and sampled z, from torch's generator.
@@ -155,7 +178,7 @@ class CFSFL(nn.Module):
         Returns:
             [B, M].
         """
-        with backends.use_backend(self.backend):
+        with self.running():
             history, n_users = self._padded(x)
             if self.training or torch.is_grad_enabled():
                 loop = self._loop(history, steps)
@@ -163,7 +186,7 @@ class CFSFL(nn.Module):
             else:
                 (u,) = self._replayed("code", steps, lambda x: (self._loop(x, steps).code.u,), history)
                 output = self.output_table()
-            return F.linear(u, output.weight, output.bias)[:n_users]
+            return F.linear(u.to(output.weight.dtype), output.weight, output.bias)[:n_users].to(u.dtype)
 
     def unroll(self, x: Any, *, steps: int | None = None) -> Trace:
         """Every step's list, reward and feedback.
@@ -172,7 +195,7 @@ class CFSFL(nn.Module):
             x: histories of B users.
             steps: T; None is the model's own.
         """
-        with backends.use_backend(self.backend):
+        with self.running():
             history, n_users = self._padded(x)
             turns = self._loop(history, steps).turns
         k = min(self.config.top_k, self.n_items)
@@ -197,6 +220,7 @@ class CFSFL(nn.Module):
         candidates: Any = None,
         steps: int | None = None,
         batch_size: int = BATCH,
+        rescore: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The n best items of every user after T steps, as an evaluated model (no dropout, z = mu).
 
@@ -208,6 +232,8 @@ class CFSFL(nn.Module):
             candidates: ids [.] that may be recommended; None for all.
             steps: T; None is the model's own.
             batch_size: users at once; it changes no answer.
+            rescore: where products are narrower than float32, MARGIN more items are listed, their scores computed again
+                from the float32 weights, and the n best of these given.
 
         Returns:
             ids [B, n] int64, score descending, ties to the smaller id; scores [B, n] float32. Padded with -1 and -inf
@@ -226,10 +252,10 @@ class CFSFL(nn.Module):
         training = self.training
         self.eval()
         try:
-            with backends.use_backend(self.backend):
+            with self.running():
                 found = [
                     self._recommend(
-                        histories.take(some), n, exclude_seen, left_out and left_out.take(some), listed, steps
+                        histories.take(some), n, exclude_seen, left_out and left_out.take(some), listed, steps, rescore
                     )
                     for some in torch.arange(len(histories)).split(batch_size)
                 ]
@@ -248,6 +274,7 @@ class CFSFL(nn.Module):
         exclude: Interactions | None,
         candidates: Tensor | None,
         steps: int | None,
+        rescore: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`recommend` for one batch of checked rows; and whether its codes are finite. [B, n] twice, [1]"""
         history, n_users = self._padded(x)
@@ -258,25 +285,39 @@ class CFSFL(nn.Module):
             shut = exclude if shut is None else shut.union(exclude)
         if candidates is not None and shut is not None:
             shut = _among(shut.exact(), candidates)
-        k = min(n, self.n_items if candidates is None else len(candidates))
+        n_listed = self.n_items if candidates is None else len(candidates)
+        k, rescore = min(n, n_listed), rescore and self.precision != "fp32"
 
         def listed(x: Interactions, shut: Interactions | None) -> tuple[Tensor, ...]:
             loop = self._loop(x, steps)
             output = loop.output if candidates is None else loop.output.rows(candidates)
             excluded, state = None if shut is None else shut.csr, loop.state if same else None
-            return *ops.linear_topk(loop.code.u, output, k, excluded, state), loop.code.u.isfinite().all()[None]
+            u, longer = loop.code.u, min(k + MARGIN, n_listed) if rescore else k
+            ids, scores = ops.linear_topk(u, output, longer, excluded, state)
+            if rescore:
+                ids, scores = self._rescored(u, ids, k, candidates)
+            return ids, scores, u.isfinite().all()[None]
 
         if candidates is not None:  # another choice of items is another function
             ids, scores, finite = listed(history, shut)
         elif shut is None or shut is history:
-            key = "list", k, exclude_seen
+            key = "list", k, exclude_seen, rescore
             ids, scores, finite = self._replayed(key, steps, lambda x: listed(x, x if exclude_seen else None), history)
         else:
-            ids, scores, finite = self._replayed(("list", k, "others"), steps, listed, history, shut)
+            ids, scores, finite = self._replayed(("list", k, "others", rescore), steps, listed, history, shut)
         if candidates is not None and len(candidates):
             ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)])
         ids, scores = ids[:n_users], scores[:n_users]
         return F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf")), finite
+
+    def _rescored(self, u: Tensor, ids: Tensor, k: int, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The k best of listed items by float32 scores, ties to the smaller id. [B, K'] -> [B, k] twice"""
+        ids = ids.sort(1).values
+        items = ids.clamp_min(0) if candidates is None else candidates[ids.clamp_min(0)]
+        weight, bias = self.recommender.output.weight.detach(), self.recommender.output.bias.detach()
+        scores = ops.pair_scores(u, weight, bias, items).masked_fill_(ids < 0, float("-inf"))
+        best = scores.sort(dim=1, descending=True, stable=True)
+        return ids.gather(1, best.indices)[:, :k].contiguous(), best.values[:, :k].contiguous()
 
     def _padded(self, x: Any) -> tuple[Interactions, int]:
         """Checked histories with empty users behind them, and how many are no padding. With graphs the users' number
@@ -284,7 +325,9 @@ class CFSFL(nn.Module):
         """
         history = as_interactions(x, self.n_items, self.device)
         rows = ROWS
-        if self.graphs.wanted(self.device):
+        if self.deterministic and self.device.type == "cuda":
+            rows = BATCH  # one shape of every product
+        elif self.graphs.wanted(self.device):
             rows = min(BATCH, max(ROWS, 1 << (len(history) - 1).bit_length()))
         return history.padded(-(-len(history) // rows) * rows), len(history)
 
@@ -309,7 +352,7 @@ class CFSFL(nn.Module):
             return self.graphs.run(
                 of_tensors,
                 *(t for x in rows for t in x.csr),
-                key=(key, steps, self.config, backends.resolve(self.device)),
+                key=(key, steps, self.config, self.precision, backends.resolve(self.device)),
                 reads=[*self.parameters(), *self.buffers()],
             )
 
@@ -384,15 +427,13 @@ class CFSFL(nn.Module):
         checkpoint.save_model(Path(folder), self.n_items, self.config, self.state_dict(), self.item_ids)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: torch.device | str | None = None,
-        *,
-        backend: str = "auto",
-        graphs: str | bool = "auto",
-    ) -> CFSFL:
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None, **run_time: Any) -> CFSFL:
         """The model of a folder, in eval mode.
+
+        Args:
+            folder: of `save_pretrained`, or a run's.
+            device: where it goes; the CPU by default.
+            run_time: backend, precision, deterministic and graphs, which a folder does not hold.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
@@ -400,7 +441,7 @@ class CFSFL(nn.Module):
         """
         saved = checkpoint.load_model(Path(folder))
         with torch.device("meta"):
-            model = cls.from_config(saved.n_items, saved.config, backend=backend, graphs=graphs)
+            model = cls.from_config(saved.n_items, saved.config, **run_time)
         checkpoint.check_tensors(Path(folder), saved.tensors, model.state_dict())
         model.load_state_dict(saved.tensors, assign=True)
         model.item_ids = saved.item_ids

@@ -9,6 +9,9 @@ no dense gradient of a table exists for a step t < T.
 CSR rows may have room: entries behind offsets[-1], which belong to no row, hold the item id M and any finite weight.
 No operation looks at them (`tests/test_room.py`). On a CPU they are cut off here; on a device that would mean waiting
 for it, and the implementations step over them.
+
+The code u is rounded to the dtype of its output layer, in which the two are multiplied; scores, losses and all that
+follows are float32 or wider.
 """
 
 from __future__ import annotations
@@ -178,6 +181,7 @@ class _ScoresOfList(torch.autograd.Function):
 
 
 def _with_gradient(u: Tensor, output: Table, ids: Tensor, scores: Tensor, impl: Any) -> Tensor:
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if not torch.is_grad_enabled() or not (u.requires_grad or output.sink is not None):
         return scores
     return _ScoresOfList.apply(u, output.weight, output.bias, ids, scores, output.sink, impl)
@@ -204,6 +208,7 @@ def linear_topk(
     Returns:
         ids [B, K] int64, score descending, ties to the smaller id, padded with -1; scores [B, K], padded with -inf.
     """
+    u = u.to(output.weight.dtype)
     exclude = exclude and _bounded(*exclude)
     impl = implementation(u.device)
     if impl is reference:
@@ -211,6 +216,13 @@ def linear_topk(
     with torch.no_grad():
         ids, scores = impl.linear_topk(u, output.weight, output.bias, k, exclude, state)
     return ids, _with_gradient(u, output, ids, scores, impl)
+
+
+def pair_scores(u: Tensor, weight: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+    """< u_b, weight[ids_bk] > + bias[ids_bk], whatever precision products have. [B, K] int64 -> [B, K]; no gradient"""
+    impl = implementation(u.device)
+    with torch.no_grad():
+        return (library if impl is reference else impl).row_dot(u, weight, ids).add_(bias[ids])
 
 
 class _Fuse(torch.autograd.Function):
@@ -290,6 +302,7 @@ def fuse_softmax(u: Tensor, output: Table, hx: Tensor, lookup: Table, exclude: C
 
     Differentiable in everything; excluded items have probability 0. Arguments as in `feedback_step`.
     """
+    u = u.to(output.weight.dtype)
     exclude = exclude and _bounded(*exclude)
     if implementation(u.device) is reference:
         return reference.fuse_softmax(u, output.weight, output.bias, hx, lookup.weight, exclude)
@@ -357,6 +370,7 @@ def feedback_step(
         exclude: CSR rows of items that never enter the list.
         state: of `loop_state`.
     """
+    u = u.to(output.weight.dtype)
     exclude = exclude and _bounded(*exclude)
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {', '.join(ACTIONS)}; got {action!r}")
@@ -428,6 +442,7 @@ def linear_nll(
         loss [B] (0 where x is empty), ids [B, K], scores [B, K]; differentiable in u, weight and bias.
     """
     items, offsets = _bounded(items, offsets)
+    u = u.to(output.weight.dtype)
     exclude = exclude and _bounded(*exclude)
     impl = implementation(u.device)
     if impl is reference:

@@ -36,12 +36,12 @@ class Run(Trainer):
         out: the run's folder.
         config: every choice; "auto" is replaced by what suits the data.
         device: where to train.
-        backend: of the operations.
         resume: go on from the last finished epoch of `out`.
         start: the folder of a run whose stage 1 this one takes over instead of training it again.
         show_progress: progress bars on stderr, where that is a terminal.
         on_epoch: called with every epoch's figures.
         group: processes that train this run together; the first writes, all read, so all must see `out`.
+        run_time: of the model: backend, precision, deterministic and graphs.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
@@ -57,16 +57,16 @@ class Run(Trainer):
         config: CFSFLConfig,
         *,
         device: torch.device | str = "cpu",
-        backend: str = "auto",
         resume: bool = False,
         start: Path | None = None,
         show_progress: bool = True,
         on_epoch: OnEpoch | None = None,
         group: Group = ALONE,
+        **run_time: Any,
     ) -> None:
         self.data, self.out = data, out
         config = config.resolved(data.n_users)
-        model = fresh_model(data.n_items, config, device=device, backend=backend)
+        model = fresh_model(data.n_items, config, device=device, **run_time)
         model.item_ids = data.item_ids
         histories = as_interactions(data.train, data.n_items, model.device)
         super().__init__(model, histories, data.validation, show_progress=show_progress, on_epoch=on_epoch, group=group)
@@ -92,7 +92,7 @@ class Run(Trainer):
             raise
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {self.out} keeps the epochs before") from None
-        with backends.flushed_denormals(), backends.use_backend(self.model.backend):
+        with backends.flushed_denormals(), self.model.running():
             return self._report()
 
     # Where weights and progress go

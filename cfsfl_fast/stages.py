@@ -64,11 +64,14 @@ OnEpoch = Callable[[Epoch], None]
 """Called after every epoch, and once at a stage's start where there is a validation."""
 
 
-def fresh_model(n_items: int, config: CFSFLConfig, *, device: torch.device | str, backend: str) -> CFSFL:
-    """A model with the first weights of the config's seed; torch's own random numbers stay where they were."""
+def fresh_model(n_items: int, config: CFSFLConfig, *, device: torch.device | str, **run_time: Any) -> CFSFL:
+    """A model with the first weights of the config's seed; torch's own random numbers stay where they were.
+
+    run_time: backend, precision, deterministic and graphs.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = CFSFL.from_config(n_items, config, backend=backend)
+        model = CFSFL.from_config(n_items, config, **run_time)
     return model.to(device)
 
 
@@ -126,7 +129,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is NaN or infinite.
         """
-        with backends.flushed_denormals(), backends.use_backend(self.model.backend):
+        with backends.flushed_denormals(), self.model.running():
             while self.progress["stage"] != "done":
                 self._stage(self.progress["stage"])
                 self._next()
@@ -145,7 +148,7 @@ class Trainer:
         """
         self.optimisers = optimisers
         self.progress["step"] = self.config.anneal_steps
-        with backends.flushed_denormals(), backends.use_backend(self.model.backend):
+        with backends.flushed_denormals(), self.model.running():
             for epoch in range(done + 1, done + epochs + 1):
                 self._tell(Epoch(stage, epoch, self.progress["step"], self._epoch(stage, epoch, done + epochs), None))
         self.model.eval()

@@ -21,6 +21,7 @@ from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.model import CFSFL
 from cfsfl_fast.recommenders import Code
+from cfsfl_fast.recommenders.likelihoods import multinomial
 from cfsfl_fast.virtual_user import weights
 
 DROPOUT, LATENT = 1, 2
@@ -269,11 +270,17 @@ class Updates:
     def __init__(
         self, model: CFSFL, histories: Interactions, optimisers: Optimisers, stage: str, group: Group = ALONE
     ) -> None:
+        if model.precision == "bf16" and model.recommender.likelihood is not multinomial:
+            raise ValueError(
+                f'precision="bf16" trains by the multinomial loss alone; recommender {model.config.recommender!r} has '
+                f"another, which needs float32 products"
+            )
         self.model, self.optimisers, self.stage, self.group = model, optimisers, stage, group
         self.given = histories
         self.histories = histories.padded(len(histories) + 1)  # nobody's row is the last
         device = histories.items.device
-        self.graphs = Graphs(model.graphs.mode)
+        # Between processes nothing is captured: one that falls back alone would leave the others waiting.
+        self.graphs = Graphs(model.graphs.mode if group.size == 1 else False)
         self.fixed = self.graphs.wanted(device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.keys = torch.zeros(0, dtype=torch.int64, device=device)
@@ -305,7 +312,7 @@ class Updates:
         self.graphs.run(
             self._update,
             *([users] if self._shares_batch else [users, others]),
-            key=(self.capacity, self.model.config, backends.resolve(users.device)),
+            key=(self.capacity, self.model.config, self.model.precision, backends.resolve(users.device)),
             reads=[*self.model.parameters(), *self.model.buffers(), self.histories.items, self.keys],
         )
 
@@ -386,9 +393,10 @@ def run_epoch(
     updates.begin(step, keys, room)
     which = 0 if optimisers.main is not None else 1
     batches = zip(*(users.split(B) for users in orders), strict=True)
-    for number, (users, others) in enumerate(batches):
-        updates(users, others)
-        tick(min(B, len(order) - number * B), lambda: float(updates.last[which]) * group.size)
+    with model.running():
+        for number, (users, others) in enumerate(batches):
+            updates(users, others)
+            tick(min(B, len(order) - number * B), lambda: float(updates.last[which]) * group.size)
     n_updates = -(-len(order) // B) if optimisers.main is not None else 0
     (sums,) = group.sums([updates.sums.clone()])
     return EpochSums(*sums.cpu()), step + n_updates

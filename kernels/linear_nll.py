@@ -139,7 +139,7 @@ def linear_nll(
     """
     B, M = len(u), len(weight)
     k = min(k, M)
-    nll = u.new_empty(B)
+    nll = u.new_empty(B, dtype=torch.float32)
     lse, peak, total, hit = u.new_empty(4, B, dtype=torch.float32).unbind()
     ids, best = empty_lists(u, min(k, MAX_K))
     if B == 0:

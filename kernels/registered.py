@@ -151,7 +151,8 @@ def _(
     B = u.shape[0]
     shape = B, min(k, weight.shape[0])
     ids = u.new_empty(shape, dtype=torch.int64)
-    return u.new_empty(B), u.new_empty(B, dtype=torch.float32), ids, u.new_empty(shape)
+    per_user = u.new_empty(B, dtype=torch.float32)
+    return per_user, torch.empty_like(per_user), ids, u.new_empty(shape)
 
 
 @torch.library.custom_op("cfsfl_fast::linear_nll_backward", mutates_args=())

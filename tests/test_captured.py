@@ -216,13 +216,10 @@ def test_a_run_in_fixed_shapes_resumes(toy: Dataset, tmp_path: Path) -> None:
     config = CFSFLConfig(**QUICK)
 
     def run(folder: str, **more: Any) -> dict[str, Any]:
-        made = Run(toy, tmp_path / folder, config, show_progress=False, **more)
-        made.model.graphs = graphs.Graphs(True)
-        return made.train()
+        return Run(toy, tmp_path / folder, config, show_progress=False, graphs=True, **more).train()
 
     whole = run("whole")
-    stopped = Run(toy, tmp_path / "stopped", config, show_progress=False)
-    stopped.model.graphs = graphs.Graphs(True)
+    stopped = Run(toy, tmp_path / "stopped", config, show_progress=False, graphs=True)
     save, saved = stopped.save_state, []
 
     def save_and_stop() -> None:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
     "cli": {"checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
-    | {"runs", "experiments", "export", "plots", "reproduce", "serving", "sweep", "tables"},
+    | {"numerics", "runs", "experiments", "export", "plots", "reproduce", "serving", "sweep", "tables"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"}
@@ -33,8 +33,8 @@ ALLOWED = {
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions"},
     "baselines": {"ops", "interactions"},
-    "model": {"backends", "checkpoint", "graphs", "ops", "config", "interactions", "loop", "recommenders"}
-    | {"virtual_user"},
+    "model": {"backends", "checkpoint", "graphs", "ops", "config", "interactions", "loop", "numerics"}
+    | {"recommenders", "virtual_user"},
     "loop": {"ops", "recommenders", "virtual_user"},
     "losses": set(),
     "recommenders": {"ops"},

@@ -6,12 +6,13 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from cfsfl_fast import checkpoint, files
-from cfsfl_fast.cli.options import backend_option, device_option, torch_device
+from cfsfl_fast.cli.options import device_option, run_time_options, torch_device
 from cfsfl_fast.datasets import Dataset, open_dataset, read_histories
 from cfsfl_fast.distributed import processes
 from cfsfl_fast.evaluation import evaluate
@@ -26,13 +27,20 @@ from cfsfl_fast.model import CFSFL
 @click.option("--batch-size", default=512, help="Users at once; it changes no figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print json.")
 @device_option
-@backend_option
+@run_time_options
 def evaluate_command(
-    run: Path, data: Path, split: str, steps: int | None, batch_size: int, as_json: bool, device: str, backend: str
+    run: Path,
+    data: Path,
+    split: str,
+    steps: int | None,
+    batch_size: int,
+    as_json: bool,
+    device: str,
+    run_time: dict[str, Any],
 ) -> None:
     """Recall and NDCG of a trained model on held-out users. Processes of torchrun share the users."""
     where = torch_device(device)
-    model = CFSFL.from_pretrained(run, where, backend=backend)
+    model = CFSFL.from_pretrained(run, where, **run_time)
     dataset = open_dataset(data)
     check_items(model, dataset)
     held_out = getattr(dataset, split)
@@ -75,13 +83,20 @@ def check_items(model: CFSFL, data: Dataset) -> None:
 @click.option("--steps", type=int, help="T; the model's own by default.")
 @click.option("--include-seen", is_flag=True, help="Also items that the history holds.")
 @device_option
-@backend_option
+@run_time_options
 def recommend(
-    run: Path, history: Path, n: int, out: Path | None, steps: int | None, include_seen: bool, device: str, backend: str
+    run: Path,
+    history: Path,
+    n: int,
+    out: Path | None,
+    steps: int | None,
+    include_seen: bool,
+    device: str,
+    run_time: dict[str, Any],
 ) -> None:
     """The best items for the users of a file, new ones too, by their own ids. Processes of torchrun share the users."""
     where = torch_device(device)
-    model = CFSFL.from_pretrained(run, where, backend=backend)
+    model = CFSFL.from_pretrained(run, where, **run_time)
     if model.item_ids is None:
         raise ValueError(f"{run} has no {checkpoint.ITEM_IDS}: its items have no ids of their own")
     users, histories, unknown = read_histories(history, model.item_ids)

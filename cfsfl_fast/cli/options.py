@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,34 @@ import torch
 from cfsfl_fast import backends
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.distributed import local_rank, under_torchrun
+from cfsfl_fast.numerics import PRECISIONS
 
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 backend_option = click.option("--backend", type=click.Choice(backends.BACKENDS), default="auto", help="Who computes.")
+
+_RUN_TIME = {
+    "backend": backend_option,
+    "precision": click.option(
+        "--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of the products with the output layer."
+    ),
+    "deterministic": click.option("--deterministic", is_flag=True, help="The same bits on every run of a GPU; slower."),
+    "graphs": click.option("--graphs/--no-graphs", default=True, help="CUDA graphs, on a GPU."),
+}
+
+
+def run_time_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a run's folder does not hold, as one argument `run_time` of the command."""
+
+    @functools.wraps(command)
+    def gathered(*arguments: Any, **options: Any) -> None:
+        run_time = {name: options.pop(name) for name in _RUN_TIME}
+        run_time["graphs"] = "auto" if run_time["graphs"] else False
+        command(*arguments, run_time=run_time, **options)
+
+    found: Callable[..., None] = gathered
+    for option in reversed(_RUN_TIME.values()):
+        found = option(found)
+    return found
 
 
 def torch_device(name: str) -> torch.device:

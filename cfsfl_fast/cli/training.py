@@ -9,7 +9,7 @@ import click
 import torch
 
 from cfsfl_fast import checkpoint
-from cfsfl_fast.cli.options import backend_option, config_field, config_options, device_option, torch_device
+from cfsfl_fast.cli.options import config_field, config_options, device_option, run_time_options, torch_device
 from cfsfl_fast.config import PRESETS, CFSFLConfig
 from cfsfl_fast.datasets import open_dataset, save_dataset, synthetic_dataset
 from cfsfl_fast.distributed import processes
@@ -29,7 +29,7 @@ from cfsfl_fast.runs import Run, table
     "--from", "start", type=click.Path(path_type=Path), help="A run whose stage 1 is taken over, not trained again."
 )
 @device_option
-@backend_option
+@run_time_options
 @config_options
 def train(
     data: Path,
@@ -39,7 +39,7 @@ def train(
     resume: bool,
     start: Path | None,
     device: str,
-    backend: str,
+    run_time: dict[str, Any],
     **options: Any,
 ) -> None:
     """Train CF-SFL by Algorithm 1 and print its figures beside the plain recommender's.
@@ -55,9 +55,7 @@ def train(
     torch.set_flush_denormal(True)
     where = torch_device(device)
     with processes(where) as group:
-        run = Run(
-            open_dataset(data), out, config, device=where, backend=backend, resume=resume, start=start, group=group
-        )
+        run = Run(open_dataset(data), out, config, device=where, **run_time, resume=resume, start=start, group=group)
         report = run.train()
         if group.is_first:
             click.echo(table(report))
