@@ -237,9 +237,11 @@ class Laboratory:
         found = checkpoint.read_json(folder / RESULT)
         if found["data"] != self._about():
             raise ValueError(f"{folder} is of other data: users, items, events {found['data']}, not {self._about()}")
-        for name, value in config.resolved(self.data.n_users).to_dict().items() if config else ():
-            if found["config"].get(name) != value:
-                raise ValueError(f"{folder} was trained with {name} = {found['config'].get(name)!r}, not {value!r}")
+        if config is not None:
+            theirs = CFSFLConfig.from_dict(found["config"]).to_dict()  # a field that is younger has its default
+            for name, value in config.resolved(self.data.n_users).to_dict().items():
+                if theirs[name] != value:
+                    raise ValueError(f"{folder} was trained with {name} = {theirs[name]!r}, not {value!r}")
         return True
 
 

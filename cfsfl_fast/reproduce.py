@@ -12,7 +12,7 @@ from cfsfl_fast.experiments import Experiment, Row
 from cfsfl_fast.tables import Published
 
 QUICK: dict[str, Any] = {"epochs": (60, 3, 10), "steps": 2}
-"""A reduced schedule: on 5,000 users stage 1 is then near its plateau. Fields that are given win over it."""
+"""A reduced schedule. Fields that are given win over it."""
 
 FIGURE3_STEPS = (1, 2, 4, 8)
 FIGURE4_STEPS = (1, 2, 4, 8, 12)

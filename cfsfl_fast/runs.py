@@ -158,7 +158,7 @@ class Run(Trainer):
 
     def _stage_one_of(self, start: Path) -> dict[str, Any]:
         """The progress of another run, whose stage 1 is finished and is this run's too."""
-        theirs = checkpoint.read_json(start / checkpoint.CONFIG)
+        theirs = _described(start)
         for name, mine in self.config.to_dict().items():
             found = theirs.get(name)
             if name == "epochs":
@@ -191,7 +191,7 @@ class Run(Trainer):
 
     def _resume(self) -> None:
         self.group.first(lambda: files.remove_staged(self.out))
-        described = checkpoint.read_json(self.out / checkpoint.CONFIG)
+        described = _described(self.out)
         for name, value in self.config.to_dict().items():
             if described.get(name) != value:
                 raise ValueError(f"{self.out} was started with {name} = {described.get(name)!r}, not {value!r}")
@@ -253,6 +253,11 @@ class Run(Trainer):
 
         self.group.first(write)
         return report
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """A run's config.json; a field that is younger than the run has its default."""
+    return {**CFSFLConfig().to_dict(), **checkpoint.read_json(folder / checkpoint.CONFIG)}
 
 
 def _other_data(folder: Path, theirs: list[int], mine: list[int]) -> str:

@@ -158,6 +158,21 @@ def test_times_are_measured_again(out: Path, data: Path) -> None:
     assert float(rows_of(out / "table3.csv")["CF-SFL, T = 2"]["microseconds per user"]) == after["microseconds"]
 
 
+def test_a_field_that_is_younger_than_a_cell_has_its_default(out: Path, data: Path) -> None:
+    folder = out / "cells" / LOOP / "seed-0"
+    files = {path: path.read_bytes() for path in (folder / "result.json", folder / "config.json")}
+    try:
+        for path in files:
+            path.write_text(path.read_text().replace('"loss_steps": "last",', ""))
+        assert reproduce("table3", data, out, "--seeds", 2).exit_code == 0
+        assert cfsfl("train", data, "--out", folder, "--resume", "--no-control", *OPTIONS).exit_code == 0
+        result = cfsfl("train", data, "--out", folder, "--resume", "--no-control", *OPTIONS, "--loss-steps", "all")
+        assert "was started with loss_steps = 'last', not 'all'" in result.stderr
+    finally:
+        for path, content in files.items():
+            path.write_bytes(content)
+
+
 def test_another_config_or_other_data_are_refused(out: Path, data: Path, tmp_path: Path) -> None:
     result = reproduce("table3", data, out, "--l2", "0.5")
     assert result.exit_code == 2
