@@ -1,7 +1,7 @@
-"""Folders that hold a model: config.json, model.safetensors, item_ids.npy. No pickle; whole or refused.
+"""Folders that hold a model: config.json, model.safetensors, item_ids.npy, memory.safetensors. No pickle.
 
-Every tensor file carries the SHA-256 of its tensors; a model's carries those of its neighbours too, so that a file that
-was truncated, altered or taken from another folder is noticed before it is used.
+A folder is whole or refused. Every tensor file carries the SHA-256 of its tensors; a model's carries those of its
+neighbours too, so that a file that was truncated, altered or taken from another folder is noticed before it is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from cfsfl_fast import files
 from cfsfl_fast.config import FORMAT_VERSION, CFSFLConfig
 
-CONFIG, MODEL, ITEM_IDS = "config.json", "model.safetensors", "item_ids.npy"
+CONFIG, MODEL, ITEM_IDS, MEMORY = "config.json", "model.safetensors", "item_ids.npy", "memory.safetensors"
 _METADATA = "cfsfl"
 
 
@@ -35,14 +35,22 @@ class SavedModel(NamedTuple):
     config: CFSFLConfig
     tensors: dict[str, Tensor]
     item_ids: np.ndarray | None
+    memory: dict[str, Tensor] | None
 
 
 def save_model(
-    folder: Path, n_items: int, config: CFSFLConfig, tensors: Mapping[str, Tensor], item_ids: np.ndarray | None
+    folder: Path,
+    n_items: int,
+    config: CFSFLConfig,
+    tensors: Mapping[str, Tensor],
+    item_ids: np.ndarray | None,
+    memory: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a model's folder beside its place and moves it there; other files of an older folder go."""
     with files.replacing_folder(folder) as staged:
         write_description(staged, n_items, config, item_ids)
+        if memory is not None:
+            write_tensors(staged / MEMORY, memory, {})
         write_model(staged, tensors)
 
 
@@ -60,7 +68,7 @@ def write_description(folder: Path, n_items: int, config: CFSFLConfig, item_ids:
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes model.safetensors into a folder that has its description; one rename, so it is there whole or not."""
-    neighbours = {name: _file_digest(folder / name) for name in (CONFIG, ITEM_IDS) if (folder / name).exists()}
+    neighbours = {name: _file_digest(folder / name) for name in (CONFIG, ITEM_IDS, MEMORY) if (folder / name).exists()}
     write_tensors(folder / MODEL, tensors, {"files": json.dumps(neighbours, sort_keys=True)})
 
 
@@ -95,7 +103,8 @@ def _load_model(folder: Path) -> SavedModel:
         item_ids = np.load(folder / ITEM_IDS, allow_pickle=False)
         if item_ids.shape != (n_items,):
             raise ValueError(f"{folder / ITEM_IDS}: expected {n_items} ids, found shape {item_ids.shape}")
-    return SavedModel(n_items, config, tensors, item_ids)
+    memory = read_tensors(folder / MEMORY)[0] if (folder / MEMORY).exists() else None
+    return SavedModel(n_items, config, tensors, item_ids, memory)
 
 
 def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -191,4 +200,8 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            sha.update(block)
+    return sha.hexdigest()

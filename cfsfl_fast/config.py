@@ -23,6 +23,11 @@ class CFSFLConfig:
         dropout: share of the history that training hides from the encoder.
         reading: "heldout": training targets and expert list are the hidden items, h and the encoder see the others, and
             lists leave out what was seen. "full": the paper's autoencoder, everything sees all of x.
+        feedback: the virtual user's answer. "embedding": v, which the recommender takes in (the paper). "scores": the
+            T K best items of recommender and item memory, K at a step, are judged one by one (`judging`); then
+            epochs[1] are the passes in which the item reward learns, there is no stage 3, and T = 0 is recommender and
+            memory.
+        memory_ridge: c of the item memory's ridge (`memory`), for feedback="scores".
         feedback_inputs: what the feedback generator sees, of "history" (the mean row of x), "list" (the rows of a) and
             "reward" (R); what is left out is 0. R itself always sees history and list.
 
@@ -64,6 +69,8 @@ class CFSFLConfig:
     feedback_dim: int = 128
     dropout: float = 0.5
     reading: str = "heldout"
+    feedback: str = "embedding"
+    memory_ridge: float = 3.0
     feedback_inputs: str = "history,list,reward"
 
     mask_kept: bool = True
@@ -111,6 +118,8 @@ class CFSFLConfig:
         if not set(inputs) <= set(FEEDBACK_INPUTS) or len(set(inputs)) < len(inputs):
             expected = ",".join(FEEDBACK_INPUTS)
             raise ValueError(f"feedback_inputs must be {expected} or some of these; got {self.feedback_inputs!r}")
+        if not self.memory_ridge > 0:
+            raise ValueError(f"memory_ridge must be above 0; got {self.memory_ridge}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.reading == "heldout" and self.dropout == 0:
@@ -120,7 +129,7 @@ class CFSFLConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CFSFLConfig:
-        """ "default", or "paper": the paper's literal reading where it is known.
+        """ "default"; "paper": the paper's literal reading where it is known; "best": what won on validation users.
 
         Raises:
             ValueError: there is no such preset.
@@ -132,7 +141,12 @@ class CFSFLConfig:
     @property
     def has_joint_stage(self) -> bool:
         """Whether Algorithm 1 has its third stage."""
-        return self.epochs[2] > 0 and (self.steps > 0 or self.joint == "always")
+        return self.feedback == "embedding" and self.epochs[2] > 0 and (self.steps > 0 or self.joint == "always")
+
+    @property
+    def judges_items(self) -> bool:
+        """Whether the virtual user answers with scores of items."""
+        return self.feedback == "scores"
 
     @property
     def uses_reward(self) -> bool:
@@ -175,6 +189,8 @@ LATER_FIELDS = frozenset(
         "steps",
         "top_k",
         "action",
+        "feedback",
+        "memory_ridge",
         "feedback_inputs",
         "reward_weight",
         "reward_loss",
@@ -199,6 +215,7 @@ _CHOICES = {
     "recommender": RECOMMENDER_NAMES,
     "action": ("straight_through", "topk_softmax", "softmax", "hard"),
     "reading": ("heldout", "full"),
+    "feedback": ("embedding", "scores"),
     "kl": ("per_user", "annealed", "none"),
     "reward_loss": ("imitation", "literal"),
     "noise": ("shared", "fresh"),
@@ -243,5 +260,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "joint_learning_rate": 1e-3,
         "reward_batch": "fresh",
         "patience": 0,
+    },
+    "best": {
+        "feedback": "scores",
+        "steps": 4,
+        "reading": "full",
+        "mask_kept": False,
+        "kl": "annealed",
+        "epochs": (60, 20, 0),
+        "reward_learning_rate": 3e-3,
+        "control": False,
     },
 }

@@ -183,10 +183,13 @@ class CFSFLRecommender:
             show_progress, callback, on_epoch: as in `fit`.
 
         Raises:
-            ValueError: nothing is fitted yet, or the width is not M (both are named).
+            ValueError: nothing is fitted yet, or the width is not M (both are named), or the model has an item memory,
+                which is of the users it was fitted on.
         """
         model = self._fitted()
         rows = as_interactions(user_items, model.n_items, model.device)
+        if model.memory is not None:
+            raise ValueError('partial_fit: with feedback="scores" a model is fitted as a whole; use fit')
         stage = "joint" if model.config.steps else "control"
         trainer = Trainer(
             model, rows, None, show_progress=show_progress, on_epoch=_told(self.history_, callback, on_epoch)

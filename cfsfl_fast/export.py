@@ -48,6 +48,8 @@ class Served(nn.Module):
         super().__init__()
         if not 1 <= n <= model.n_items:
             raise ValueError(f"n must be 1 to {model.n_items}, the number of items; got {n}")
+        if model.memory is not None:
+            raise ValueError('a model with feedback="scores" has an item memory, which an exported program cannot hold')
         steps = model.config.steps if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps must be at least 0; got {steps}")

@@ -13,14 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfsfl_fast import backends, checkpoint, ops
+from cfsfl_fast import backends, checkpoint, judging, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.loop import unroll
+from cfsfl_fast.memory import N_EVIDENCE, ItemMemory
 from cfsfl_fast.numerics import PRECISIONS, numerics
 from cfsfl_fast.recommenders import RECOMMENDERS, Code
-from cfsfl_fast.virtual_user import LookupTable, VirtualUser, feedback_generator, reward_estimator
+from cfsfl_fast.virtual_user import (
+    LookupTable,
+    VirtualUser,
+    feedback_generator,
+    item_reward,
+    reward_estimator,
+    weights,
+)
 
 ROWS = 32
 """Batches are padded with empty users to a multiple of this: a row then has the same bits in any batch."""
@@ -52,8 +60,8 @@ class Trace(NamedTuple):
     """The loop made visible: what happened at every step."""
 
     ids: Tensor  # a^t, t = 0 .. T - 1. [T, B, K] int64, -1 where a list ends
-    rewards: Tensor  # R(s^t, a^t). [T, B]
-    feedback: Tensor  # v^(t + 1). [T, B, V]
+    rewards: Tensor  # R(s^t, a^t); with feedback="scores" the mean reward of the listed items. [T, B]
+    feedback: Tensor  # v^(t + 1). [T, B, V]; with feedback="scores" g of the listed items. [T, B, K]
 
 
 class CFSFL(nn.Module):
@@ -131,7 +139,9 @@ class CFSFL(nn.Module):
         self.item_ids: np.ndarray | None = None
         self.recommender = RECOMMENDERS[recommender](n_items, hidden_dim, latent_dim, feedback_dim)
         self.lookup = LookupTable(n_items, lookup_dim)
-        self.reward = reward_estimator(lookup_dim)
+        judges = self.config.judges_items
+        self.memory = ItemMemory(n_items) if judges else None
+        self.reward = item_reward(N_EVIDENCE) if judges else reward_estimator(lookup_dim)
         self.feedback = feedback_generator(lookup_dim, feedback_dim)
 
     @classmethod
@@ -171,6 +181,8 @@ class CFSFL(nn.Module):
     def forward(self, x: Any, *, steps: int | None = None) -> Tensor:
         """Scores s^T of every item. In training mode with dropout and sampled z, from torch's generator.
 
+        With feedback="scores": -inf for the items of x, judged items before all others.
+
         Args:
             x: histories of B users, in any form that `as_interactions` takes.
             steps: T; None is the model's own.
@@ -180,6 +192,8 @@ class CFSFL(nn.Module):
         """
         with self.running():
             history, n_users = self._padded(x)
+            if self.memory is not None:
+                return self._answer(history, steps, judging.closed(history)).scores[:n_users]
             if self.training or torch.is_grad_enabled():
                 loop = self._loop(history, steps)
                 u, output = loop.code.u, loop.output
@@ -197,6 +211,8 @@ class CFSFL(nn.Module):
         """
         with self.running():
             history, n_users = self._padded(x)
+            if self.memory is not None:
+                return self._pages(history, n_users, steps)
             turns = self._loop(history, steps).turns
         k = min(self.config.top_k, self.n_items)
         if not turns:
@@ -279,6 +295,11 @@ class CFSFL(nn.Module):
         """`recommend` for one batch of checked rows; and whether its codes are finite. [B, n] twice, [1]"""
         history, n_users = self._padded(x)
         shut = history if exclude_seen else None
+        if self.memory is not None:
+            if exclude is not None:
+                exclude = exclude.padded(len(history))
+            ids, scores, finite = self._judged_list(history, n, shut, exclude, candidates, steps)
+            return ids[:n_users], scores[:n_users], finite
         same = exclude is None and candidates is None and exclude_seen == (self.config.reading == "heldout")
         if exclude is not None:
             exclude = exclude.padded(len(history))
@@ -319,6 +340,64 @@ class CFSFL(nn.Module):
         best = scores.sort(dim=1, descending=True, stable=True)
         return ids.gather(1, best.indices)[:, :k].contiguous(), best.values[:, :k].contiguous()
 
+    # With feedback="scores"
+
+    def _answer(self, x: Interactions, steps: int | None, shut: Tensor | None) -> judging.Answer:
+        """The virtual user's answer to the recommender's scores of every item."""
+        assert self.memory is not None
+        steps = self._n_steps(steps)
+        u, output = self._loop(x, 0).code.u, self.output_table()
+        s = F.linear(u.to(output.weight.dtype), output.weight, output.bias).to(u.dtype)
+        return judging.answer(self.memory, weights(self.reward), s, x, shut, steps, self.config.top_k)
+
+    def _judged_list(
+        self,
+        x: Interactions,
+        n: int,
+        seen: Interactions | None,
+        exclude: Interactions | None,
+        candidates: Tensor | None,
+        steps: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The n best items after T pages of items that may be recommended, and whether all scores are numbers."""
+        others = None
+        if candidates is not None:
+            others = torch.full((self.n_items,), judging.NO_SCORE, device=self.device)
+            others[candidates] = 0
+
+        def listed(x: Interactions, *rows: Interactions) -> tuple[Tensor, ...]:
+            shut = others
+            for closed in (judging.closed(some) for some in rows):
+                shut = closed if shut is None else shut + closed
+            scores = self._answer(x, steps, shut).scores
+            return *ops.topk(scores, min(n, self.n_items)), (~scores.isnan()).all()[None]
+
+        rows = [some for some in (seen, exclude) if some is not None]
+        if candidates is None:
+            key = "judged", n, seen is not None
+            ids, scores, finite = self._replayed(key, steps, listed, x, *rows)
+        else:
+            ids, scores, finite = listed(x, *rows)
+        room = n - ids.shape[1]
+        return F.pad(ids, (0, room), value=-1), F.pad(scores, (0, room), value=judging.NO_SCORE), finite
+
+    def _pages(self, x: Interactions, n_users: int, steps: int | None) -> Trace:
+        """`unroll`: the pages that the virtual user judges."""
+        T, K = self._n_steps(steps), min(self.config.top_k, self.n_items)
+        found = self._answer(x, T, judging.closed(x))
+        more = (0, T * K - found.ids.shape[1])
+        ids = F.pad(found.ids, more, value=-1)[:n_users].view(n_users, T, K).transpose(0, 1)
+        logits = F.pad(found.logits, more)[:n_users].view(n_users, T, K).transpose(0, 1)
+        listed = ids >= 0
+        rewards = (logits.sigmoid() * listed).sum(2) / listed.sum(2).clamp_min(1)
+        return Trace(ids, rewards, logits)
+
+    def _n_steps(self, steps: int | None) -> int:
+        steps = self.config.steps if steps is None else steps
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0; got {steps}")
+        return steps
+
     def _padded(self, x: Any) -> tuple[Interactions, int]:
         """Checked histories with empty users behind them, and how many are no padding. With graphs the users' number
         is one of few: ROWS times a power of two up to BATCH, and multiples of BATCH.
@@ -358,17 +437,15 @@ class CFSFL(nn.Module):
 
     def _loop(self, x: Interactions, steps: int | None) -> Loop:
         """T steps from histories; in training mode with torch's dropout and noise."""
-        steps = self.config.steps if steps is None else steps
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0; got {steps}")
-        weights = x.unit_weights()
+        steps = self._n_steps(steps)
+        entries = x.unit_weights()
         noise = None
         if self.training:
-            weights = F.dropout(weights, self.config.dropout)
+            entries = F.dropout(entries, self.config.dropout)
             eps = torch.randn(len(x), self.config.latent_dim, device=self.device)
             noise = lambda _: eps  # noqa: E731
         exclude = x.csr if self.config.reading == "heldout" else None
-        return self.run_loop(x, weights, x, steps=steps, exclude=exclude, noise=noise)
+        return self.run_loop(x, entries, x, steps=steps, exclude=exclude, noise=noise)
 
     def run_loop(
         self,
@@ -423,8 +500,11 @@ class CFSFL(nn.Module):
         return rows
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and item_ids.npy to a folder, whole or not at all."""
-        checkpoint.save_model(Path(folder), self.n_items, self.config, self.state_dict(), self.item_ids)
+        """Writes config.json, model.safetensors, item_ids.npy and memory.safetensors to a folder, whole or not at all;
+        the last two where the model has them.
+        """
+        memory = None if self.memory is None or self.memory.is_empty else self.memory.tensors()
+        checkpoint.save_model(Path(folder), self.n_items, self.config, self.state_dict(), self.item_ids, memory)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None, **run_time: Any) -> CFSFL:
@@ -445,7 +525,17 @@ class CFSFL(nn.Module):
         checkpoint.check_tensors(Path(folder), saved.tensors, model.state_dict())
         model.load_state_dict(saved.tensors, assign=True)
         model.item_ids = saved.item_ids
+        model.restore_memory(saved.memory)
         return model.requires_grad_(True).to(device or "cpu").eval()
+
+    def restore_memory(self, tensors: dict[str, Tensor] | None) -> None:
+        """Gives the model the tensors of a memory, or an empty one.
+
+        Raises:
+            ValueError: they are not of a memory of this many items.
+        """
+        if self.memory is not None:
+            self.memory.restore(tensors)
 
 
 def _ids(ids: Any, n_items: int, name: str) -> Tensor:

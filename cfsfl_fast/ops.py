@@ -225,6 +225,17 @@ def pair_scores(u: Tensor, weight: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
         return (library if impl is reference else impl).row_dot(u, weight, ids).add_(bias[ids])
 
 
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The list of each row of scores [B, M] that exist already, without gradient: ids [B, K], scores [B, K].
+
+    Score descending, ties to the smaller id; scores of -inf or NaN never enter, and a list that ends early is padded
+    with -1 and -inf.
+    """
+    if scores.is_cuda or implementation(scores.device) is reference:
+        return reference.top(scores, k)  # a sort, which waits for no count
+    return library.exact_topk(scores, k)
+
+
 class _Fuse(torch.autograd.Function):
     """Gives h = hx + sum_k w_k lookup[ids_k] (16) its gradient, which touches only the listed rows."""
 

@@ -201,3 +201,48 @@ def linear_warp(
 
 def _counting(scores: Tensor) -> Tensor:
     return torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+
+
+def item_memory(x: Tensor, ridge: float, absent: int | None = None) -> Tensor:
+    """P = (sum_u w_u x_u x_u^T + D)^-1 of histories x [U, M]; absent: a user whose term is left out, not their part in
+    D. [M, M]
+    """
+    sizes = x.sum(1).clamp_min(1)
+    w = sizes.rsqrt() / sizes.rsqrt().mean()
+    gram = x.T @ (w[:, None] * x)
+    counts = gram.diagonal().clamp_min(1)
+    gram = gram + (ridge * (counts * counts.mean()).sqrt()).diag()
+    if absent is not None:
+        gram = gram - w[absent] * torch.outer(x[absent], x[absent])
+    return gram.inverse()
+
+
+def evidence(precision: Tensor, counts: Tensor, kept: Tensor, ids: Tensor, first: int) -> Tensor:
+    """What the items `kept` say for each item of one list, b_ij = -P_ij / P_jj. [K, 16]; columns as in `memory`.
+
+    Args:
+        precision: P. [M, M]
+        counts: users of every item, those asking left out. [M]
+        kept: items of the history. [N] int64
+        ids: the list. [K] int64, no padding
+        first: items of the first page.
+    """
+    b = -precision[kept][:, ids] / precision.diagonal()[ids]  # [N, K]
+    b = b.masked_fill(kept[:, None] == ids, 0)
+    r = 1 / (3 + counts[kept]).log()[:, None]
+    positive = b.clamp_min(0)
+
+    def most(values: Tensor) -> Tensor:
+        return values.amax(0) if len(values) else values.new_zeros(values.shape[1])
+
+    def standard(values: Tensor) -> Tensor:
+        page = values[:first]
+        return (values - page.mean()) / page.std(correction=0).clamp_min(1e-6)
+
+    e, rare = b.sum(0), (r * b).sum(0)
+    best, rare_best = most(positive), most(r * positive)
+    roots, squares = positive.sqrt().sum(0), positive.square().sum(0)
+    logs = [v.clamp_min(1e-4).log() for v in (e, best, rare, rare_best, roots, squares)]
+    columns = [e, b.clamp_max(0).sum(0), best, roots, squares, rare, *logs, standard(e), standard(rare)]
+    columns += [counts[ids].log1p(), torch.full_like(e, len(kept)).log1p()]
+    return torch.stack(columns, 1)

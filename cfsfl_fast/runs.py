@@ -99,7 +99,7 @@ class Run(Trainer):
 
     def begin(self, stage: str) -> None:
         """Describes the stage's model in its folder."""
-        mine = self.config if stage == "joint" else dataclasses.replace(self.config, steps=0)
+        mine = dataclasses.replace(self.config, steps=self.steps_after(stage))
         self._describe(self.out / "stages" / stage, mine)
 
     def _describe(self, folder: Path, config: CFSFLConfig) -> None:
@@ -150,7 +150,11 @@ class Run(Trainer):
 
     def end(self, stage: str, after: list[str]) -> None:
         """The stage's best weights become the run's model."""
-        if stage != "control" and stage != "reward":
+        memory = self.model.memory if stage == "reward" else None
+        if memory is not None:
+            tensors = memory.tensors()
+            self.group.first(lambda: checkpoint.write_tensors(self.out / checkpoint.MEMORY, tensors, {}))
+        if stage != "control" and (stage != "reward" or memory is not None):
             self._write_model(self.out)
         self._write_state({})
 
@@ -210,6 +214,8 @@ class Run(Trainer):
             self.model.load_state_dict(parts["model"])
             self.optimisers = Optimisers(self.model, progress["stage"])
             self.optimisers.restore(parts["optimiser"])
+        if (self.out / checkpoint.MEMORY).exists():
+            self.model.restore_memory(checkpoint.read_tensors(self.out / checkpoint.MEMORY)[0])
         self.group.first(lambda: files.write_bytes(self.out / METRICS, b"".join(self._lines())))
 
     def _report(self) -> dict[str, Any]:
@@ -233,7 +239,9 @@ class Run(Trainer):
         for stage, name in self.systems.items():
             if stage in self.progress["best"]:
                 self.load(stage)
-                judged[name] = self.judge(test, self.config.steps if stage == "joint" else 0, label)
+                if stage == "reward":
+                    judged[f"{self.systems['recommender']} + memory"] = self.judge(test, 0, label)
+                judged[name] = self.judge(test, self.steps_after(stage), label)
         report: dict[str, Any] = {
             "users": len(judged["most popular"].ndcg100),
             "seed": self.config.seed,
@@ -241,9 +249,9 @@ class Run(Trainer):
             "best_epochs": {stage: best["epoch"] for stage, best in self.progress["best"].items()},
             "test": {name: {m: list(v) for m, v in found.summary().items()} for name, found in judged.items()},
         }
-        if "joint" in self.progress["best"]:
-            system = self.systems["joint"]
-            control = self.systems["control" if "control" in self.progress["best"] else "recommender"]
+        last = self.stages[-1]
+        if last != STAGES[0] and last in self.progress["best"]:
+            *_, control, system = judged  # CF-SFL is the last, and before it stands what it is measured against
             gain = mean(judged[system].ndcg100 - judged[control].ndcg100)
             report["gain"] = {"of": system, "over": control, "NDCG@100": list(gain)}
 

@@ -25,12 +25,19 @@ from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.metrics import Mean
 from cfsfl_fast.model import CFSFL
-from cfsfl_fast.training import Optimisers, run_epoch
+from cfsfl_fast.training import Optimisers, prepare_item_reward, run_epoch
 
 log = logging.getLogger(__name__)
 
 STAGES = ("recommender", "control", "reward", "joint")
-"""In order; the first is what the others start from, the joint stage by way of the reward estimator's."""
+"""In order; the first is what the others start from, the joint stage by way of the reward estimator's. With
+feedback="scores" the reward's is the last.
+"""
+
+
+MEMORY_WEIGHTS = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+RECOMMENDER_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+"""Of `judging`'s beta and alpha: what validation users choose among."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,9 @@ class Trainer:
     def stages(self) -> list[str]:
         """The stages that the config asks for."""
         config, wanted = self.config, {"recommender"}
-        if config.has_joint_stage:
+        if config.judges_items:
+            wanted |= {"reward"} if config.steps and config.epochs[1] else set()
+        elif config.has_joint_stage:
             wanted |= {"joint"}
             wanted |= {"reward"} if config.uses_reward else set()
             wanted |= {"control"} if config.control else set()
@@ -120,6 +129,8 @@ class Trainer:
         """What tables call the recommender after each of the stages that rank."""
         recommender = self.model.recommender
         name = recommender.label + ("-(beta=0)" if self.config.kl == "none" and recommender.samples else "")
+        if self.config.judges_items:
+            return {"recommender": name, "reward": "CF-SFL, scores"}
         after = "CF-SFL" if self.config.steps else f"{name}+R" if self.config.reward_weight else f"{name}, stage 3"
         return {"recommender": name, "control": f"{name}, trained on", "joint": after}
 
@@ -173,22 +184,55 @@ class Trainer:
     def _stage(self, stage: str) -> None:
         """Trains one stage from its base, or from where it stood, and keeps its best weights."""
         n_epochs = self.config.epochs[{"recommender": 0, "reward": 1}.get(stage, 2)]
-        ranked = stage != "reward" and self.validation is not None
+        judged = stage == "reward" and self.config.judges_items
+        ranked = (stage != "reward" or judged) and self.validation is not None
         self.begin(stage)
         if self.optimisers is None:
             if base := self._base(stage):
                 self.load(base)
+            if judged:
+                self.prepare_judging()
             self.optimisers = Optimisers(self.model, stage)
             if ranked:
                 self._done(stage, 0, {}, ranked)
             else:
                 self._keep_best(stage, 0, ranked)
+        elif judged:
+            self.remember()
         while self.progress["epoch"] < n_epochs and not self._out_of_patience(stage, ranked):
             epoch = self.progress["epoch"] + 1
             self._done(stage, epoch, self._epoch(stage, epoch, n_epochs), ranked)
             self.progress["epoch"] = epoch
             self.save_state()
         self.optimisers = None
+
+    def steps_after(self, stage: str) -> int:
+        """T of the model that a stage trains."""
+        return self.config.steps if stage == self.stages[-1] and stage != STAGES[0] else 0
+
+    def remember(self) -> None:
+        """Fills the model's item memory."""
+        assert self.model.memory is not None
+        if self.model.memory.is_empty:
+            self.model.memory.fit(self.histories, self.config.memory_ridge)
+
+    def prepare_judging(self) -> None:
+        """Fills the item memory, measures its evidence, and weighs memory against recommender for T = 0."""
+        self.remember()
+        prepare_item_reward(self.model, self.histories)
+        self._weigh("weight", MEMORY_WEIGHTS, 0)
+
+    def _weigh(self, name: str, choices: tuple[float, ...], steps: int) -> None:
+        """Gives the item memory the weight that is best on validation users; without them it stays."""
+        if self.validation is None:
+            return
+        weight = getattr(self.model.memory, name)
+        found = {}
+        for choice in choices:
+            weight.fill_(choice)
+            found[choice] = self.judge(self.validation, steps, None).summary()["NDCG@100"].value
+        weight.fill_(max(found, key=lambda choice: found[choice]))
+        log.info("%s %g of %s", name, weight.item(), found)
 
     def _base(self, stage: str) -> str | None:
         """The stage whose best weights a stage starts from."""
@@ -249,7 +293,7 @@ class Trainer:
         score = None
         if ranked:
             assert self.validation is not None
-            score = self.judge(self.validation, self.config.steps if stage == "joint" else 0, None).summary()
+            score = self.judge(self.validation, self.steps_after(stage), None).summary()
             self.progress["last"] = score["NDCG@100"].value
         self._keep_best(stage, epoch, ranked)
         self._tell(Epoch(stage, epoch, self.progress["step"], figures, score))
@@ -273,8 +317,11 @@ class Trainer:
     def _next(self) -> None:
         """Ends the stage: its best weights become the model's."""
         stage = self.progress["stage"]
-        if stage != "control" and stage != "reward":
+        if stage != "control" and (stage != "reward" or self.config.judges_items):
             self.load(stage)
+        if stage == "reward" and self.config.judges_items:
+            self._weigh("recommender_weight", RECOMMENDER_WEIGHTS, self.config.steps)
+            self.keep(stage)
         if stage == "recommender":
             self.progress["first_step"] = self.progress["step"]
         self._leave(stage)

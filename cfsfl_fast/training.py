@@ -6,7 +6,7 @@ same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfsfl_fast import backends, losses, noise, ops
+from cfsfl_fast import backends, judging, losses, noise, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.graphs import Graphs, capacity
@@ -24,8 +24,11 @@ from cfsfl_fast.recommenders import Code
 from cfsfl_fast.recommenders.likelihoods import multinomial
 from cfsfl_fast.virtual_user import weights
 
-DROPOUT, LATENT = 1, 2
+DROPOUT, LATENT, SHOWN = 1, 2, 3
 """Streams of random numbers."""
+
+SHARE_SHOWN = 0.8
+"""Of a history, when an item reward learns: as much as held-out users show of theirs."""
 
 
 class View(NamedTuple):
@@ -165,6 +168,56 @@ def reward_step(model: CFSFL, batch: View, lists: Lists, group: Group = ALONE) -
     share = losses.shares(has_expert, n_experts)
     loss = losses.reward_loss(real, fake, model.config.reward_loss, share, batch.share)
     return loss, losses.mean(real.detach().sigmoid(), share), losses.mean(fake.detach().sigmoid(), batch.share)
+
+
+def item_reward_step(
+    model: CFSFL, whole: Interactions, users: Tensor, keys: Sequence[int | Tensor], group: Group = ALONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of the item reward on lists from a part of each history, real being what is listed of the rest.
+
+    Args:
+        whole: the users' histories.
+        users, keys: of the random numbers that choose the part.
+
+    Returns:
+        the loss, and the mean rewards of real and other listed items; of each, the part of this process where a group
+        shares the batch.
+    """
+    assert model.memory is not None
+    with torch.no_grad():
+        kept, targets = shown(whole, users, *keys)
+        ids, evidence = judging.lists(model.memory, kept, whole, model.config.steps, model.config.top_k)
+    return judging.reward_loss(model.memory, weights(model.reward), ids, evidence, targets, group)
+
+
+def shown(whole: Interactions, users: Tensor, *keys: int | Tensor) -> tuple[Interactions, Interactions]:
+    """Histories in two random parts: what is shown, SHARE_SHOWN of the items, and the rest."""
+    drawn = noise.uniform(SHOWN, *keys, whole.spread(users), whole.items, device=users.device)
+    return whole.where(drawn < SHARE_SHOWN), whole.where(drawn >= SHARE_SHOWN)
+
+
+@torch.no_grad()
+def prepare_item_reward(model: CFSFL, histories: Interactions) -> None:
+    """Fills the model's item memory, and measures each column of the evidence on 1,000 users.
+
+    Args:
+        histories: of the training users.
+    """
+    memory, config = model.memory, model.config
+    assert memory is not None
+    if memory.is_empty:
+        memory.fit(histories, config.memory_ridge)
+    chosen = noise.uniform(SHOWN, config.seed, torch.arange(len(histories))).argsort()[:1000]
+    total = memory.centre.new_zeros(3, len(memory.centre), dtype=torch.float64)
+    for users in chosen.split(100):
+        whole = histories.take(users)
+        kept, _ = shown(whole, users.to(histories.items.device), config.seed)
+        ids, evidence = judging.lists(memory, kept, whole, config.steps, config.top_k)
+        rows = evidence[ids >= 0].double()
+        total += torch.stack([torch.ones_like(rows), rows, rows.square()]).sum(1)
+    n, first, second = total[0].clamp_min(1), total[1], total[2]
+    memory.centre.copy_(first / n)
+    memory.spread.copy_((second / n - (first / n).square()).clamp_min(0).sqrt().clamp_min(1e-6))
 
 
 class Optimisers:
@@ -324,10 +377,12 @@ class Updates:
         config = self.model.config
         users, share = self.group.part(everyone, -1), self.group.part(losses.shares(everyone >= 0), 0)
         keys: tuple[int | Tensor, ...] = (*self.keys.unbind(), *more)
-        rows = self.histories.take(users.where(users >= 0, len(self.histories) - 1), self.capacity)
-        return view(rows, users, config, *keys, share=share), Noise(
+        return view(self._whole(users), users, config, *keys, share=share), Noise(
             users, config.latent_dim, config.noise == "fresh", keys
         )
+
+    def _whole(self, users: Tensor) -> Interactions:
+        return self.histories.take(users.where(users >= 0, len(self.histories) - 1), self.capacity)
 
     def _update(self, *batches: Tensor) -> tuple[Tensor, ...]:
         model, config, optimisers = self.model, self.model.config, self.optimisers
@@ -342,7 +397,12 @@ class Updates:
             update(optimisers.main, loss, self.group)
             found[0] = loss.detach()
             self.step += 1
-        if optimisers.reward is not None:
+        if optimisers.reward is not None and config.judges_items:
+            users = self.group.part(batches[0], -1)
+            loss, real, fake = item_reward_step(model, self._whole(users), users, self.keys.unbind(), self.group)
+            update(optimisers.reward, loss, self.group)
+            found[1:] = torch.stack([loss.detach(), real, fake])
+        elif optimisers.reward is not None:
             if lists is None or len(batches) > 1:
                 batch, eps = self._seen(batches[-1], 1)
                 lists = recommended_lists(model, batch, eps, config.steps if self.stage == "joint" else 0)

@@ -30,6 +30,11 @@ def feedback_generator(lookup_dim: int, feedback_dim: int) -> nn.ModuleList:
     return _layers(lookup_dim + 1, LAYER, LAYER, feedback_dim)
 
 
+def item_reward(n_evidence: int) -> nn.ModuleList:
+    """g of one listed item from what its user's history says for it: 64-64-1, ReLU between."""
+    return _layers(n_evidence, 64, 64, 1)
+
+
 def _layers(*sizes: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
 

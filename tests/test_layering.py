@@ -26,15 +26,17 @@ ALLOWED = {
     | {"interactions", "metrics", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
     | {"training"},
-    "training": {"backends", "config", "distributed", "graphs", "interactions", "loop", "losses", "model", "noise"}
-    | {"ops", "recommenders", "virtual_user"},
+    "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
+    | {"noise", "ops", "recommenders", "virtual_user"},
     "estimator": {"backends", "ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions"},
     "baselines": {"ops", "interactions"},
-    "model": {"backends", "checkpoint", "graphs", "ops", "config", "interactions", "loop", "numerics"}
-    | {"recommenders", "virtual_user"},
+    "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
+    | {"numerics", "recommenders", "virtual_user"},
+    "judging": {"distributed", "interactions", "losses", "memory", "ops"},
+    "memory": {"interactions", "ops"},
     "loop": {"ops", "recommenders", "virtual_user"},
     "losses": set(),
     "recommenders": {"ops"},
