@@ -191,7 +191,7 @@ def _numbers(values: np.ndarray) -> Tensor:
     if values.dtype.kind not in "biuf":
         raise TypeError(f"entries of histories must be real numbers; got {values.dtype}")
     unusual = values.dtype.itemsize > 8 or (values.dtype.kind == "u" and values.dtype.itemsize > 1)
-    return torch.from_numpy(np.ascontiguousarray(values, np.float64 if unusual else None))
+    return torch.from_numpy(np.require(values, np.float64 if unusual else None, ["C", "W"]))
 
 
 def _from_scipy(x: Any, n_items: int) -> Interactions:

@@ -74,6 +74,19 @@ def test_what_is_refused(x: object, error: type[Exception], words: str) -> None:
         as_interactions(x, 5)
 
 
+def test_read_only_arrays_are_read_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    dense, csr = DENSE.copy(), sp.csr_matrix(DENSE)
+    for array in (dense, csr.data, csr.indices, csr.indptr):
+        array.flags.writeable = False
+    torch.set_warn_always(True)
+    try:
+        for x in (dense, csr):
+            assert as_interactions(x, 5).items.tolist() == ITEMS
+    finally:
+        torch.set_warn_always(False)
+    assert not recwarn.list
+
+
 def test_no_users_and_no_entries() -> None:
     assert len(as_interactions(sp.csr_matrix((0, 5)), 5)) == 0
     assert as_interactions(([], [0, 0, 0]), 5).counts.tolist() == [0, 0]

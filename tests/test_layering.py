@@ -13,13 +13,14 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
     "cli": {"checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
-    | {"numerics", "runs", "experiments", "export", "plots", "reproduce", "serving", "sweep", "tables"},
+    | {"callbacks", "numerics", "runs", "experiments", "export", "plots", "reproduce", "serving", "sweep", "tables"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"}
     | {"model"},
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},
+    "callbacks": {"stages"},
     "serving": {"backends", "interactions", "model"},
     "export": {"backends", "files", "interactions", "model", "ops"},
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}

@@ -9,6 +9,7 @@ import click
 import torch
 
 from cfsfl_fast import checkpoint
+from cfsfl_fast.callbacks import TensorBoard
 from cfsfl_fast.cli.options import config_field, config_options, device_option, run_time_options, torch_device
 from cfsfl_fast.config import PRESETS, CFSFLConfig
 from cfsfl_fast.datasets import open_dataset, save_dataset, synthetic_dataset
@@ -28,6 +29,7 @@ from cfsfl_fast.runs import Run, table
 @click.option(
     "--from", "start", type=click.Path(path_type=Path), help="A run whose stage 1 is taken over, not trained again."
 )
+@click.option("--tensorboard", is_flag=True, help="Also write the epochs' figures to OUT/tensorboard.")
 @device_option
 @run_time_options
 @config_options
@@ -38,6 +40,7 @@ def train(
     config_file: Path | None,
     resume: bool,
     start: Path | None,
+    tensorboard: bool,
     device: str,
     run_time: dict[str, Any],
     **options: Any,
@@ -55,7 +58,18 @@ def train(
     torch.set_flush_denormal(True)
     where = torch_device(device)
     with processes(where) as group:
-        run = Run(open_dataset(data), out, config, device=where, **run_time, resume=resume, start=start, group=group)
+        told = TensorBoard(out / "tensorboard") if tensorboard and group.is_first else None
+        run = Run(
+            open_dataset(data),
+            out,
+            config,
+            device=where,
+            **run_time,
+            resume=resume,
+            start=start,
+            group=group,
+            on_epoch=told,
+        )
         report = run.train()
         if group.is_first:
             click.echo(table(report))
