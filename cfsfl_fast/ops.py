@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from cfsfl_fast import library, reference
 from cfsfl_fast.backends import implementation
+from cfsfl_fast.library import exact_topk as exact_topk
 from cfsfl_fast.library import mlp as mlp
 
 CSR = tuple[Tensor, Tensor]

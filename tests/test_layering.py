@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
-    "cli": {"checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
+    "cli": {"baselines", "checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
     | {"callbacks", "numerics", "runs", "experiments", "export", "plots", "reproduce", "serving", "sweep", "tables"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
@@ -33,7 +33,7 @@ ALLOWED = {
     | {"training"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions"},
-    "baselines": {"ops", "interactions"},
+    "baselines": {"datasets", "evaluation", "interactions", "ops"},
     "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
     | {"numerics", "recommenders", "virtual_user"},
     "judging": {"distributed", "interactions", "losses", "memory", "ops"},
@@ -69,7 +69,11 @@ def imports(path: Path) -> set[str]:
 
 
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
-MEMBERS = [path for package in ("adapters", "cli", "recommenders") for path in sorted((PACKAGE / package).glob("*.py"))]
+MEMBERS = [
+    path
+    for package in ("adapters", "baselines", "cli", "recommenders")
+    for path in sorted((PACKAGE / package).glob("*.py"))
+]
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from cfsfl_fast import backends
-from cfsfl_fast.cli import data, doctor, inference, reproduce, serving, training
+from cfsfl_fast.cli import baseline, data, doctor, inference, reproduce, serving, training
 from cfsfl_fast.distributed import ProcessError
 
 _EXPECTED = (
     ValueError,
     OSError,
     FloatingPointError,
+    MemoryError,
     ImportError,
     backends.BackendError,
     ProcessError,
@@ -46,6 +47,7 @@ for command in (
     data.describe,
     training.train,
     training.demo,
+    baseline.baseline,
     inference.evaluate_command,
     inference.recommend,
     reproduce.reproduce,

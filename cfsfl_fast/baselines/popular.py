@@ -1,4 +1,4 @@
-"""What a recommender has to beat."""
+"""The most popular items."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from cfsfl_fast import ops
+from cfsfl_fast.baselines.fitted import Fitted
 from cfsfl_fast.interactions import Interactions
 
 
-class MostPopular:
+class MostPopular(Fitted):
     """Every user gets the items that most training users have.
 
     Args:
         train: histories [U, M], scipy sparse.
     """
 
-    def __init__(self, train: Any) -> None:
+    label = "most popular"
+
+    def __init__(self, train: Any, *, show_progress: bool = False) -> None:
         counts = np.bincount(train.indices, minlength=train.shape[1])
         self.weight = torch.from_numpy(counts).float()[:, None]
 
@@ -28,10 +31,3 @@ class MostPopular:
         weight = self.weight.to(x.items.device)
         table = ops.Table(weight, weight.new_zeros(len(weight)))
         return ops.linear_topk(weight.new_ones(len(x), 1), table, n, x.csr)
-
-
-BASELINES = {"most popular": MostPopular}
-"""By name; each is fitted to training histories [U, M] and then recommends."""
-
-SEEDED: frozenset[str] = frozenset()
-"""Those that draw random numbers."""

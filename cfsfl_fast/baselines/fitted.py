@@ -1,0 +1,76 @@
+"""What every baseline is: fitted when made, asked for lists afterwards."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cfsfl_fast import ops
+from cfsfl_fast.interactions import Interactions, as_interactions
+
+Item = TypeVar("Item")
+
+
+class Fitted(ABC):
+    """A baseline fitted to training histories [U, M], scipy sparse; its choices are keyword arguments with defaults."""
+
+    label: ClassVar[str]
+    """Its name in tables."""
+
+    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Choices worth trying on validation users, the defaults among them."""
+
+    @abstractmethod
+    def __init__(self, train: Any, *, show_progress: bool = False) -> None: ...
+
+    @abstractmethod
+    def recommend(self, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
+        """ids [B, n] and scores [B, n], the users' own items left out; padded with -1 and -inf."""
+
+
+def counted(train: Any) -> sp.csr_matrix:
+    """Training histories as a checked matrix of ones, CSR [U, M] float32.
+
+    Raises:
+        ValueError: there is no item, or an entry is negative, NaN or infinite.
+    """
+    if train.shape[1] < 1:
+        raise ValueError(f"histories must have at least 1 item; got shape {tuple(train.shape)}")
+    x = as_interactions(train, train.shape[1])
+    ones = torch.ones(len(x.items)).numpy()
+    return sp.csr_matrix((ones, x.items.numpy(), x.offsets.numpy()), shape=train.shape)
+
+
+def best(scores: Tensor, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
+    """The n best of scores [B, M], which are overwritten, without the users' own items."""
+    scores[x.rows, x.items] = float("-inf")
+    return ops.exact_topk(scores, n)
+
+
+def progress(steps: Iterable[Item], label: str, shown: bool) -> Iterable[Item]:
+    """The steps under a progress bar on stderr, where that is a terminal."""
+    bar: Iterable[Item] = tqdm(steps, desc=label, disable=None if shown else True, leave=False)
+    return bar
+
+
+def check_memory(n_bytes: int, what: str) -> None:
+    """Raises before more is allocated than the machine can give.
+
+    Raises:
+        MemoryError: naming what is needed and what there is.
+    """
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/meminfo") as file:  # also counts what the page cache would give back
+            free = next((int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable")), free)
+    except (OSError, ValueError):
+        return
+    if n_bytes > free:
+        raise MemoryError(f"{what} takes {n_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")

@@ -1,0 +1,200 @@
+"""Baselines against what they are defined by: constrained least squares, a known answer, real figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from click.testing import CliRunner
+
+from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, ease, select
+from cfsfl_fast.baselines.fitted import check_memory
+from cfsfl_fast.cli import main
+from cfsfl_fast.datasets import Dataset, Protocol, open_dataset, split_events
+from cfsfl_fast.datasets.matrices import matrix_events
+from cfsfl_fast.evaluation import evaluate
+from cfsfl_fast.interactions import as_interactions
+from tests.conftest import clusters
+
+NAMES = sorted(BASELINES)
+
+
+def ragged(n_users: int = 60, n_items: int = 23, seed: int = 0) -> sp.csr_matrix:
+    """Rows of every length, an empty one and a full one; the last item has no user but the full one."""
+    random = np.random.default_rng(seed)
+    dense = random.random((n_users, n_items)) < random.random((n_users, 1)) * np.linspace(0.9, 0.1, n_items)
+    dense[:, -1], dense[0], dense[-1] = False, False, True
+    return sp.csr_matrix(dense.astype(np.float32))
+
+
+def column_by_column(x: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    """The least squares that EASE is: b_j from all other columns, with a penalty on every row of B. [M, M]"""
+    n_items = x.shape[1]
+    weights = np.zeros((n_items, n_items))
+    for j in range(n_items):
+        others = np.arange(n_items) != j
+        design = np.vstack([x[:, others], np.diag(np.sqrt(penalty[others]))])
+        aim = np.concatenate([x[:, j], np.zeros(n_items - 1)])
+        weights[others, j] = np.linalg.lstsq(design, aim, rcond=None)[0]
+    return weights
+
+
+@pytest.mark.parametrize("block", [5, 512])
+def test_ease_is_the_constrained_least_squares(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ease, "BLOCK", block)
+    x = ragged()
+    found = EASE(x, ridge=3.0).weight.numpy()
+    assert np.allclose(found, column_by_column(x.toarray(), np.full(23, 3.0)), atol=1e-6)
+
+
+def test_edlae_minimises_the_expected_loss_under_dropout() -> None:
+    x, p, ridge = ragged(), 0.4, 2.0
+    dense = torch.from_numpy(x.toarray()).double()
+    found = EDLAE(x, ridge=ridge, dropout=p).weight
+    assert np.allclose(
+        found.numpy(), column_by_column(dense.numpy(), (ridge + p / (1 - p) * dense.sum(0)).numpy()), atol=1e-6
+    )
+    # E |x - (x o m / (1 - p)) B|^2 over masks m, every entry kept with probability 1 - p: by all masks of the entries
+    # of one user at a time, its gradient off the diagonal is 0.
+    weight = found.double().requires_grad_()
+    loss = ridge * weight.square().sum()
+    for row in dense:
+        items = row.nonzero().squeeze(1)
+        if len(items) > 12:  # 2^n masks; the variance of a sum of independent terms says the same
+            loss = loss + (row - row @ weight).square().sum() + p / (1 - p) * weight[items].square().sum()
+            continue
+        masks = torch.tensor([[m >> i & 1 for i in range(len(items))] for m in range(1 << len(items))]).double()
+        likely = ((1 - p) ** masks.sum(1)) * p ** (len(items) - masks.sum(1))
+        loss = loss + (likely[:, None] * (row - masks / (1 - p) @ weight[items]).square()).sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert float((gradient * (1 - torch.eye(23))).abs().max()) < 1e-4
+    assert torch.equal(EDLAE(x, ridge=ridge, dropout=0.0).weight, EASE(x, ridge=ridge).weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 6, 7, 50])
+def test_inverse_where_it_stands(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ease, "BLOCK", 7)
+    rows = torch.randn(80, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    A = rows.T @ rows + torch.eye(n)
+    found = A.to(dtype, copy=True)
+    ease.invert(found)
+    assert torch.equal(found, found.T)
+    assert torch.allclose(found.double() @ A, torch.eye(n).double(), atol=1e-10 if dtype == torch.float64 else 1e-4)
+
+
+def test_wide_catalogues_are_float32_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clusters(300)
+    expected = EASE(x, ridge=10.0).weight
+    monkeypatch.setattr(ease, "DOUBLE_ITEMS", 10)
+    assert torch.allclose(EASE(x, ridge=10.0).weight, expected, atol=1e-5)
+
+
+def test_memory_is_looked_at_before_it_is_taken() -> None:
+    with pytest.raises(MemoryError, match=r"EASE takes 1000000000.0 GB; [0-9.]+ GB are free"):
+        check_memory(10**18, "EASE")
+    with pytest.raises(
+        MemoryError, match=r"EASE of 4,000,000 items, 4,000,000 x 4,000,000 torch.float32, takes 64000.0"
+    ):
+        EASE(sp.csr_matrix((3, 4_000_000), dtype=np.float32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_known_answer(name: str) -> None:
+    data = split_events(matrix_events(clusters(400), "clusters"), Protocol(held_out=40))
+    fitted = BASELINES[name](data.train)
+    judged = evaluate(fitted.recommend, data.test.fold_in, data.test.targets)
+    recall = judged.summary()["Recall@20"].value
+    assert recall < 0.7 if name == "most popular" else recall > 0.98
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lists_are_sorted_whole_and_without_what_was_seen(name: str) -> None:
+    x = ragged()
+    fitted = BASELINES[name](x)
+    rows = as_interactions(x, 23)
+    ids, scores = fitted.recommend(rows, 23)
+    assert ids.dtype == torch.int64
+    for user, (listed, values) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True)):
+        own = set(x[user].indices.tolist())
+        kept = [i for i in listed if i >= 0]
+        assert sorted([*kept, *own]) == list(range(23))
+        assert listed[len(kept) :] == [-1] * len(own)
+        assert values[len(kept) :] == [-math.inf] * len(own)
+        order = sorted(zip(kept, values, strict=False), key=lambda pair: (-pair[1], pair[0]))
+        assert order == list(zip(kept, values, strict=False))
+    some = fitted.recommend(rows.take(torch.tensor([5, 9])), 4)
+    assert torch.equal(some[0], ids[[5, 9], :4])
+    assert fitted.recommend(rows.take(torch.tensor([], dtype=torch.int64)), 4)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "most popular"])
+def test_values_do_not_count_and_nonsense_is_refused(name: str) -> None:
+    x = ragged()
+    rows = as_interactions(x, 23)
+    expected = BASELINES[name](x).recommend(rows, 23)
+    weighted = x.copy()
+    weighted.data *= 3
+    found = BASELINES[name](weighted).recommend(rows, 23)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    x.data[3] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        BASELINES[name](x)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "words"),
+    [
+        ("ease", {"ridge": 0.0}, "ridge must be above 0; got 0"),
+        ("ease", {"ridge": math.nan}, "ridge must be above 0; got nan"),
+        ("ease", {"alpha": 1}, "EASE has no choice 'alpha'; it has: ridge"),
+        ("edlae", {"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
+    ],
+)
+def test_wrong_choices_are_refused(name: str, choices: dict[str, float], words: str, toy: Dataset) -> None:
+    with pytest.raises(ValueError, match=words):
+        select(BASELINES[name], toy, choices)
+
+
+def test_the_command(toy: Dataset, toy_folder: Path, tmp_path: Path) -> None:
+    def cfsfl(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(main, ["baseline", *map(str, arguments)])
+        return result.exit_code, result.output
+
+    code, output = cfsfl("ease", toy_folder, "--out", tmp_path / "ease")
+    assert code == 0, output
+    report = json.loads((tmp_path / "ease" / "report.json").read_text())
+    assert report["system"] == "EASE"
+    assert len(report["tried"]) == len(EASE.grid)
+    best = max(report["tried"], key=lambda tried: tried["NDCG@100"])
+    assert report["choices"] == {"ridge": best["ridge"]}
+    assert report["validation"]["NDCG@100"][0] == best["NDCG@100"]
+    fitted = EASE(toy.train, ridge=best["ridge"])
+    judged = evaluate(fitted.recommend, toy.test.fold_in, toy.test.targets)
+    assert report["test"]["EASE"]["NDCG@100"][0] == judged.summary()["NDCG@100"].value
+    with np.load(tmp_path / "ease" / "users.npz", allow_pickle=False) as users:
+        assert np.array_equal(users["EASE/NDCG@100"], judged.ndcg100.numpy())
+    assert cfsfl("ease", toy_folder, "--out", tmp_path / "ease")[0] == 2
+    code, output = cfsfl("edlae", toy_folder, "--out", tmp_path / "edlae", "--set", "ridge=7", "--set", "dropout=0.5")
+    assert code == 0, output
+    assert "EDLAE, ridge = 7, dropout = 0.5, fitted in" in output
+    assert len(json.loads((tmp_path / "edlae" / "report.json").read_text())["tried"]) == 1
+    assert "has no choice 'x'" in cfsfl("ease", toy_folder, "--out", tmp_path / "new", "--set", "x=1")[1]
+    assert (
+        "--set takes NAME=NUMBER; got 'ridge'"
+        in cfsfl("ease", toy_folder, "--out", tmp_path / "n", "--set", "ridge")[1]
+    )
+
+
+def test_ease_on_real_data(real_data: Callable[[str], Path]) -> None:
+    data = open_dataset(real_data("ml-1m.npz"))
+    judged = evaluate(EASE(data.train, ridge=500.0).recommend, data.test.fold_in, data.test.targets)
+    found = {name: round(mean.value, 4) for name, mean in judged.summary().items()}
+    assert found == {"Recall@20": 0.3564, "Recall@50": 0.4787, "NDCG@100": 0.4263}
