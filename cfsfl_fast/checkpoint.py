@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cfsfl_fast import files
@@ -130,6 +128,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
+    from safetensors import SafetensorError  # here, so that a machine which only computes need not have it
+    from safetensors.torch import save_file
+
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with files.replacing(path) as staged:
         try:
@@ -157,6 +158,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}

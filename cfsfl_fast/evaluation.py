@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cfsfl_fast import metrics
 from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.interactions import Interactions, as_interactions
+from cfsfl_fast.progress import bar
 
 RANKS = 100
 """Items that are ranked for a user; no metric looks further."""
@@ -74,7 +74,7 @@ def evaluate(
     judged = wanted.host_counts.nonzero().squeeze(1)
     begin, end = group.span(len(judged))
     own = judged[begin:end].split(batch_size) if end > begin else ()
-    for users in tqdm(own, desc=progress, disable=None if progress else True, leave=False):
+    for users in bar(own, shown=progress is not None, desc=progress, leave=False):
         mine = wanted.take(users)
         hit = metrics.hits(recommend(history.take(users), RANKS)[0], mine)
         found.append(

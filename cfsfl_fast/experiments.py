@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cfsfl_fast import backends, baselines, checkpoint, files
 from cfsfl_fast.config import LATER_FIELDS, CFSFLConfig
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.evaluation import Recommend, evaluate, seconds_to_answer
 from cfsfl_fast.model import CFSFL
+from cfsfl_fast.progress import bar
 from cfsfl_fast.runs import USERS, Run, read_metrics, write_per_user
 
 log = logging.getLogger(__name__)
@@ -123,9 +123,9 @@ class Laboratory:
             ValueError: a cell's folder holds a run with another config or of other data.
         """
         cells = [(row, seed) for seed in self.seeds(seeds) for row in experiment.rows]
-        with tqdm(cells, desc=experiment.name, unit=" cells", disable=None if self.show_progress else True) as bar:
-            for row, seed in bar:
-                bar.set_postfix_str(f"{row.name}, seed {seed}")
+        with bar(cells, shown=self.show_progress, desc=experiment.name, unit=" cells") as shown:
+            for row, seed in shown:
+                shown.set_postfix_str(f"{row.name}, seed {seed}")
                 log.info("%s: %s, seed %d", experiment.name, row.name, seed)
                 if row.baseline:
                     self._baseline(row.baseline, seed)

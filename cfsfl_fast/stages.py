@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cfsfl_fast import backends
 from cfsfl_fast.config import CFSFLConfig
@@ -25,6 +24,7 @@ from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.metrics import Mean
 from cfsfl_fast.model import CFSFL
+from cfsfl_fast.progress import bar
 from cfsfl_fast.training import Optimisers, prepare_item_reward, run_epoch
 
 log = logging.getLogger(__name__)
@@ -251,16 +251,14 @@ class Trainer:
             {} if best is None or math.isnan(best) else {"val": f"{self.progress['last']:.4f}", "best": f"{best:.4f}"}
         )
         label = f"{self.systems['joint'] if stage == 'joint' else stage} {epoch}/{n_epochs}"
-        with tqdm(
-            total=n_users, desc=label, unit=" users", disable=None if self.show_progress else True, leave=False
-        ) as bar:
+        with bar(shown=self.show_progress, total=n_users, desc=label, unit=" users", leave=False) as shown_bar:
 
             def tick(users: int, loss: Any) -> None:
                 nonlocal read
-                if not bar.disable and time.perf_counter() - read > 0.5:  # reading waits for the device
+                if not shown_bar.disable and time.perf_counter() - read > 0.5:  # reading waits for the device
                     read = time.perf_counter()
-                    bar.set_postfix(loss=f"{loss():.3f}", **shown, refresh=False)
-                bar.update(users)
+                    shown_bar.set_postfix(loss=f"{loss():.3f}", **shown, refresh=False)
+                shown_bar.update(users)
 
             assert self.optimisers is not None
             self.model.train()

@@ -56,7 +56,7 @@ def test_a_failed_save_leaves_the_older_model(saved: Path, monkeypatch: pytest.M
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         build(seed=5).save_pretrained(saved)
     assert torch.equal(CFSFL.from_pretrained(saved).lookup.weight, build().lookup.weight)

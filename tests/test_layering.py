@@ -17,7 +17,7 @@ ALLOWED = {
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"}
-    | {"model"},
+    | {"model", "progress"},
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},
     "callbacks": {"stages"},
@@ -26,14 +26,14 @@ ALLOWED = {
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}
     | {"interactions", "metrics", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
-    | {"training"},
+    | {"progress", "training"},
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
     | {"noise", "ops", "recommenders", "virtual_user"},
     "estimator": {"backends", "ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},
-    "evaluation": {"distributed", "metrics", "interactions"},
-    "baselines": {"datasets", "evaluation", "interactions", "ops"},
+    "evaluation": {"distributed", "metrics", "interactions", "progress"},
+    "baselines": {"progress", "datasets", "evaluation", "interactions", "ops"},
     "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
     | {"numerics", "recommenders", "virtual_user"},
     "judging": {"distributed", "interactions", "losses", "memory", "ops"},

@@ -148,6 +148,7 @@ def test_losses_of_narrow_products_are_float32(backend: str) -> None:
 
 @DEVICES
 def test_training_with_narrow_products_learns_as_well(device: str, tmp_path: Any) -> None:
+    pytest.importorskip("safetensors")
     data = split_events(matrix_events(clusters(400), "clusters"), Protocol(held_out=40))
     config = CFSFLConfig(**{**QUICK, "epochs": (12, 1, 2)})
     run = Run(data, tmp_path / "run", config, device=device, show_progress=False, precision="bf16")

@@ -2,8 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
-from cfsfl_fast.datasets import Dataset, Protocol, synthetic, synthetic_dataset
+from cfsfl_fast.datasets import (
+    PRESETS,
+    Dataset,
+    Protocol,
+    device_generator,
+    matrix_events,
+    split_events,
+    synthetic,
+    synthetic_dataset,
+)
+from cfsfl_fast.datasets.device_generator import SHAPES, Shape, synthetic_csr, synthetic_rows
 
 
 def recall_at_20(dataset: Dataset, scores: np.ndarray) -> float:
@@ -88,3 +99,62 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int], wrong: dict) -> No
 
 def test_one_user_and_one_item() -> None:
     assert synthetic(1, 1, events_per_user=1).nnz == 1
+
+
+# In torch operations
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[
+        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_made_on_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_generator, "_BLOCK_EVENTS", 20_000)  # several blocks
+    items, offsets = synthetic_rows(900, 400, events_per_user=30.0, seed=3, device=device)
+    again = synthetic_rows(900, 400, events_per_user=30.0, seed=3, device=device)
+    other = synthetic_rows(900, 400, events_per_user=30.0, seed=4, device=device)
+    assert torch.equal(items, again[0])
+    assert torch.equal(offsets, again[1])
+    assert len(items) != len(other[0]) or not torch.equal(items, other[0])
+    assert items.device.type == device
+    assert (int(offsets[0]), int(offsets[-1])) == (0, len(items))
+    counts = offsets.diff()
+    assert int(counts.min()) >= 3
+    assert 22 < float(counts.double().mean()) < 31
+    assert int(items.min()) >= 0
+    assert int(items.max()) < 400
+    inside = torch.ones_like(items, dtype=torch.bool)
+    inside[offsets[:-1]] = False  # the first item of each user
+    assert bool((items.diff() > 0)[inside[1:]].all()), "ascending and unique within a user"
+
+
+def test_rows_made_by_torch_are_like_those_made_by_numpy() -> None:
+    """The same skewness of activity and popularity, and tastes that a model can learn."""
+    by_torch = synthetic_csr(Shape(3000, 500, 40.0, 0), seed=1)
+    by_numpy = synthetic(3000, 500, events_per_user=40.0, seed=1)
+    assert by_torch.nnz == pytest.approx(by_numpy.nnz, rel=0.1)
+    for axis in (0, 1):
+        sums = [np.sort(np.asarray(x.sum(axis)).ravel())[::-1] for x in (by_torch, by_numpy)]
+        heads = [float(s[: len(s) // 10].sum() / s.sum()) for s in sums]
+        assert heads[0] == pytest.approx(heads[1], rel=0.25), axis
+    data = split_events(matrix_events(by_torch, "torch"), Protocol(held_out=300))
+    train = data.train.toarray()
+    popular = recall_at_20(data, np.broadcast_to(train.sum(0), (len(data.test.user_ids), data.n_items)))
+    learned = recall_at_20(data, data.test.fold_in @ linear_model(train, 300.0))
+    assert learned > 1.3 * popular
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 2.0), (5, 0, 2.0), (5, 5, 6.0), (5, 5, 0.0)])
+def test_wrong_sizes_are_refused_on_a_device_too(sizes: tuple[int, int, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        synthetic_rows(sizes[0], sizes[1], events_per_user=sizes[2])
+
+
+def test_presets_are_the_published_sizes() -> None:
+    assert set(SHAPES) == {name for name in PRESETS if PRESETS[name].held_out and name != "none"}
+    for name, shape in SHAPES.items():
+        assert shape.held_out == PRESETS[name].held_out

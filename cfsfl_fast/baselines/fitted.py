@@ -10,10 +10,10 @@ from typing import Any, ClassVar, TypeVar
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cfsfl_fast import ops
 from cfsfl_fast.interactions import Interactions, as_interactions
+from cfsfl_fast.progress import bar
 
 Item = TypeVar("Item")
 
@@ -56,8 +56,8 @@ def best(scores: Tensor, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
 
 def progress(steps: Iterable[Item], label: str, shown: bool) -> Iterable[Item]:
     """The steps under a progress bar on stderr, where that is a terminal."""
-    bar: Iterable[Item] = tqdm(steps, desc=label, disable=None if shown else True, leave=False)
-    return bar
+    under: Iterable[Item] = bar(steps, shown=shown, desc=label, leave=False)
+    return under
 
 
 def check_memory(n_bytes: int, what: str) -> None:

@@ -8,8 +8,19 @@ from typing import Any
 
 import click
 
-from cfsfl_fast.datasets import FORMATS, Protocol, open_dataset, prepare, save_dataset, synthetic_dataset
+from cfsfl_fast.cli.options import device_option, torch_device
+from cfsfl_fast.datasets import (
+    FORMATS,
+    Protocol,
+    matrix_events,
+    open_dataset,
+    prepare,
+    save_dataset,
+    split_events,
+    synthetic_dataset,
+)
 from cfsfl_fast.datasets import PRESETS as PROTOCOLS
+from cfsfl_fast.datasets.device_generator import SHAPES, synthetic_csr
 
 
 def _column(text: str | None) -> str | int | None:
@@ -70,11 +81,27 @@ def prepare_command(
 @click.option("--users", default=3000, help="Users, held-out ones included.")
 @click.option("--items", default=1500, help="Items.")
 @click.option("--events-per-user", default=40.0, help="Items of a user, on average.")
+@click.option("--preset", type=click.Choice(sorted(SHAPES)), help="A published set's sizes instead.")
 @click.option("--seed", default=0, help="Of the data.")
+@device_option
 @click.option("--overwrite", is_flag=True, help="Replace a prepared folder.")
-def generate(out: Path, users: int, items: int, events_per_user: float, seed: int, overwrite: bool) -> None:
-    """Make a realistic data set: long tails, latent structure."""
-    data = synthetic_dataset(users, items, events_per_user=events_per_user, seed=seed)
+def generate(
+    out: Path,
+    users: int,
+    items: int,
+    events_per_user: float,
+    preset: str | None,
+    seed: int,
+    device: str,
+    overwrite: bool,
+) -> None:
+    """Make a realistic data set: long tails, latent structure. With --preset on a GPU where there is one."""
+    if preset is None:
+        data = synthetic_dataset(users, items, events_per_user=events_per_user, seed=seed)
+    else:
+        shape = SHAPES[preset]
+        rows = synthetic_csr(shape, seed=seed, device=torch_device(device))
+        data = split_events(matrix_events(rows, f"synthetic {preset}"), Protocol(held_out=shape.held_out))
     save_dataset(data, out, overwrite=overwrite)
     click.echo(data.describe())
 

@@ -14,14 +14,14 @@ from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.datasets.protocol import Protocol, split_events
 
 _BLOCK_USERS = 4096  # users that share a random stream; part of what a seed means
-_ZIPF_EXPONENT = 0.9
-_ZIPF_SHIFT = 10.0
-_AFFINITY_STRENGTH = 3.0
-_TASTES_PER_FACTOR = 4
-_TASTE_CONCENTRATION = 0.5  # the smaller, the fewer tastes a user has
-_CURIOSITY = 0.05  # share of a user's draws that come from all tastes alike
-_ACTIVITY_SIGMA = 0.9
-_FEWEST_EVENTS = 5
+ZIPF_EXPONENT = 0.9
+ZIPF_SHIFT = 10.0
+AFFINITY_STRENGTH = 3.0
+TASTES_PER_FACTOR = 4
+TASTE_CONCENTRATION = 0.5  # the smaller, the fewer tastes a user has
+CURIOSITY = 0.05  # share of a user's draws that come from all tastes alike
+ACTIVITY_SIGMA = 0.9
+FEWEST_EVENTS = 5
 
 
 def synthetic(
@@ -84,13 +84,13 @@ def synthetic_dataset(
 
 def _tastes(n_items: int, n_factors: int, random: np.random.Generator) -> NDArray[np.float64]:
     """Cumulative probabilities [C * M] of C tastes over M items; taste c climbs from c to c + 1."""
-    n_tastes = _TASTES_PER_FACTOR * n_factors
-    popularity = (np.arange(n_items) + _ZIPF_SHIFT) ** -_ZIPF_EXPONENT
+    n_tastes = TASTES_PER_FACTOR * n_factors
+    popularity = (np.arange(n_items) + ZIPF_SHIFT) ** -ZIPF_EXPONENT
     popularity = random.permutation(popularity)
     item_factors = random.standard_normal((n_items, n_factors))
     taste_factors = random.standard_normal((n_tastes, n_factors))
     taste_factors /= np.linalg.norm(taste_factors, axis=1, keepdims=True)
-    affinity = np.exp(_AFFINITY_STRENGTH * (taste_factors @ item_factors.T))
+    affinity = np.exp(AFFINITY_STRENGTH * (taste_factors @ item_factors.T))
     cumulative: NDArray[np.float64] = np.cumsum(popularity * affinity, axis=1)
     cumulative /= cumulative[:, -1:]
     cumulative += np.arange(n_tastes)[:, None]
@@ -102,11 +102,11 @@ def _block(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Distinct (user, item) pairs of `size` users, ascending."""
     n_tastes = len(cumulative) // n_items
-    mean = np.log(events_per_user) - _ACTIVITY_SIGMA**2 / 2
-    wanted = np.exp(mean + _ACTIVITY_SIGMA * random.standard_normal(size)).round().astype(np.int64)
-    wanted = np.clip(wanted, min(_FEWEST_EVENTS, n_items), max(1, n_items // 2))
-    mixture = random.gamma(_TASTE_CONCENTRATION / n_tastes, size=(size, n_tastes)) + 1e-12
-    mixture = (1 - _CURIOSITY) * mixture / mixture.sum(axis=1, keepdims=True) + _CURIOSITY / n_tastes
+    mean = np.log(events_per_user) - ACTIVITY_SIGMA**2 / 2
+    wanted = np.exp(mean + ACTIVITY_SIGMA * random.standard_normal(size)).round().astype(np.int64)
+    wanted = np.clip(wanted, min(FEWEST_EVENTS, n_items), max(1, n_items // 2))
+    mixture = random.gamma(TASTE_CONCENTRATION / n_tastes, size=(size, n_tastes)) + 1e-12
+    mixture = (1 - CURIOSITY) * mixture / mixture.sum(axis=1, keepdims=True) + CURIOSITY / n_tastes
     mixture = np.cumsum(mixture, axis=1)
     mixture = mixture / mixture[:, -1:] + np.arange(size)[:, None]
 

@@ -20,8 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-from tqdm import tqdm
-
 BLOCK_BYTES = 4 << 20
 LONGEST_LINE = 1 << 20
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2")
@@ -53,6 +51,8 @@ class Progress:
     def __init__(self, files: list[SourceFile], show: bool) -> None:
         total = sum(file.size for file in files)
         visible = show and sys.stderr.isatty()
+        from tqdm import tqdm
+
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not visible)
         self._done = 0
 
