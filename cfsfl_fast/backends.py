@@ -20,6 +20,9 @@ BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("cfsfl_backend", default=None)
 
+_traced: list[str] = []
+"""Backends of the `use_backend`s that torch.compile is tracing through: it cannot trace a context variable."""
+
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run."""
@@ -79,9 +82,8 @@ def resolve(device: torch.device, backend: str | None = None) -> str:
     return best
 
 
-def implementation(device: torch.device) -> Any:
-    """The module whose functions run on a device; `reference` runs without bindings of ours."""
-    name = resolve(device)
+def implementation(name: str) -> Any:
+    """The module of a backend that can run; `reference` runs without bindings of ours."""
     if name == "cpp":
         return _load("cfsfl_fast.cpp")[0]
     if name == "triton":
@@ -89,11 +91,25 @@ def implementation(device: torch.device) -> Any:
     return reference if name == "reference" else library
 
 
+def traced() -> str | None:
+    """The backend that torch.compile's trace is inside `use_backend` of."""
+    return _traced[-1] if _traced else None
+
+
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Runs every operation inside with one backend; "auto" leaves the choice to those around."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if torch.compiler.is_compiling():
+        if backend != "auto":
+            _traced.append(backend)
+        try:
+            yield
+        finally:
+            if backend != "auto":
+                _traced.pop()
+        return
     token = _chosen.set(_chosen.get() if backend == "auto" else backend)
     try:
         yield

@@ -251,13 +251,15 @@ def feedback_step(
     lookup: Tensor,
     reward: Layers,
     feedback: Layers,
+    hoisted: Tensor,
+    wv: Tensor,
     k: int,
     action: str,
     exclude: CSR | None = None,
     state: _cpp.LoopState | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v [B, V], the reward's logit [B], h [B, D], ids, scores and weights [B, K] of one turn of the virtual user."""
+) -> tuple[Tensor, ...]:
+    """v [B, V], the reward's logit [B], ids, scores [B, K], hoisted + v^ Wv [B, P], h [B, D], list weights [B, K]."""
     ids, scores = linear_topk(u, weight, bias, k, exclude, state)
     h, w = fuse(hx, lookup, ids, scores, action)
     logit, v = respond(h, reward, feedback)
-    return v, logit, h, ids, scores, w
+    return v, logit, ids, scores, library.follow(v, hoisted, wv), h, w

@@ -132,7 +132,8 @@ class Interactions:
 
 def _repeated(values: Tensor, offsets: Tensor, n_entries: int) -> Tensor:
     """values[b] in every place of row b, and the last value behind the last row. values [B + 1] -> [n_entries]"""
-    return torch.repeat_interleave(values, F.pad(offsets, (0, 1), value=n_entries).diff(), output_size=n_entries)
+    ends = torch.cat([offsets, offsets.new_full((1,), n_entries)])
+    return torch.repeat_interleave(values, ends.diff(), output_size=n_entries)
 
 
 def from_pairs(rows: Tensor, items: Tensor, n_users: int, n_items: int) -> Interactions:

@@ -34,7 +34,7 @@ class _Scratch:
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialised matrix [rows, columns] of like's dtype and device."""
         size = rows * columns
-        if like.is_cuda:  # its allocator keeps pages, and memory of a captured graph must not get out of it
+        if not _pooled(like):
             return like.new_empty(rows, columns)
         for i, buffer in enumerate(self.free):
             if buffer.dtype == like.dtype and buffer.device == like.device and buffer.numel() >= size:
@@ -44,25 +44,42 @@ class _Scratch:
 
     def give(self, block: Tensor) -> None:
         """Takes a block back; nobody may use it afterwards."""
-        if block.is_cuda:
+        if not _pooled(block):
             return
         self.free = [torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage()), *self.free][
             :2
         ]
 
 
+def _pooled(t: Tensor) -> bool:
+    """Not on a CUDA device, whose allocator keeps pages, and where memory of a captured graph must not get out of it;
+    nor what a trace computes with.
+    """
+    return not t.is_cuda and type(t) in (Tensor, torch.nn.Parameter)
+
+
 scratch = _Scratch()
+
+
+def ended(offsets: Tensor, n_entries: int) -> Tensor:
+    """Offsets with one more row, which owns the room. [B + 2]"""
+    return torch.cat([offsets, offsets.new_full((1,), n_entries)])
 
 
 def rows_of(offsets: Tensor, n_entries: int) -> Tensor:
     """The row of every CSR entry, B behind the last. [E]"""
-    rows = torch.arange(len(offsets), device=offsets.device)
-    return torch.repeat_interleave(rows, F.pad(offsets, (0, 1), value=n_entries).diff(), output_size=n_entries)
+    rows = torch.arange(offsets.shape[0], device=offsets.device)
+    return torch.repeat_interleave(rows, ended(offsets, n_entries).diff(), output_size=n_entries)
+
+
+def without_room(items: Tensor, offsets: Tensor) -> CSR:
+    """The same CSR rows without entries behind the last, on a CPU; elsewhere that would wait for the device."""
+    return (items, offsets) if items.is_cuda or len(offsets) == 0 else (items[: int(offsets[-1])], offsets)
 
 
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
-    ends = F.pad(offsets, (0, 1), value=len(items))
+    ends = ended(offsets, len(items))
     ids, weights = items.clamp_max(len(table) - 1), None if weights is None else weights.to(table.dtype)
     bags = F.embedding_bag(ids, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return bags[:-1]
@@ -139,8 +156,8 @@ def _extended(old: tuple[Tensor, Tensor] | None, scores: Tensor, start: int, k: 
 
 def _inside(items: Tensor, offsets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Row and column of every CSR entry in a chunk of the catalogue; row B for those that are not there. [E] twice"""
-    rows = rows_of(offsets, len(items))
-    rows = rows.masked_fill((items < start) | (items >= stop), len(offsets) - 1)
+    rows = rows_of(offsets, items.shape[0])
+    rows = rows.masked_fill((items < start) | (items >= stop), offsets.shape[0] - 1)
     return rows, (items - start).clamp_(0, stop - start - 1)
 
 
@@ -255,13 +272,23 @@ def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -
 
 def list_offsets(ids: Tensor) -> Tensor:
     """The offsets of lists [B, K] as CSR rows. [B + 1]"""
-    return torch.arange(len(ids) + 1, device=ids.device) * ids.shape[1]
+    return torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1]
 
 
 def respond(h: Tensor, reward: Layers, feedback: Layers) -> tuple[Tensor, Tensor]:
     """Equations (3) and (4): the reward's logit [B] and the feedback v [B, V]."""
     logit = mlp(h, reward)
     return logit.squeeze(1), mlp(torch.cat([h, logit.sigmoid()], 1), feedback)
+
+
+def unit(v: Tensor) -> Tensor:
+    """v / max(||v||, 1e-12). [B, V]"""
+    return F.normalize(v, dim=1, eps=1e-12)
+
+
+def follow(v: Tensor, hoisted: Tensor, wv: Tensor) -> Tensor:
+    """hoisted + v^ Wv [B, P]: the recommender's first pre-activation with the feedback v [B, V]."""
+    return torch.addmm(hoisted, unit(v), wv)
 
 
 def mlp(x: Tensor, layers: Layers) -> Tensor:
@@ -279,16 +306,18 @@ def feedback_step(
     lookup: Tensor,
     reward: Layers,
     feedback: Layers,
+    hoisted: Tensor,
+    wv: Tensor,
     k: int,
     action: str,
     exclude: CSR | None = None,
     state: None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v [B, V], the reward's logit [B], h [B, D], ids, scores and list weights [B, K] of one turn."""
+) -> tuple[Tensor, ...]:
+    """v [B, V], the reward's logit [B], ids, scores [B, K], hoisted + v^ Wv [B, P], h [B, D], list weights [B, K]."""
     ids, scores = linear_topk(u, weight, bias, k, exclude)
     h, w = fuse(hx, lookup, ids, scores, action)
     logit, v = respond(h, reward, feedback)
-    return v, logit, h, ids, scores, w
+    return v, logit, ids, scores, follow(v, hoisted, wv), h, w
 
 
 def fuse_softmax(u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None) -> tuple[Tensor, Tensor]:
@@ -336,7 +365,7 @@ PICKED = 1 << 13
 
 def linear_pick(u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, rows: Tensor) -> Tensor:
     """The scores < u_b, weight_j > + bias_j of single pairs (rows_e, items_e); of any pair where they are room. [E]"""
-    rows, items = rows.clamp_max(len(u) - 1), items.clamp_max(len(weight) - 1)
+    rows, items = rows.clamp_max(u.shape[0] - 1), items.clamp_max(weight.shape[0] - 1)
     parts = [(u[b] * weight[j]).sum(1) for b, j in zip(rows.split(PICKED), items.split(PICKED), strict=True)]
     return torch.cat(parts).add_(bias[items])
 
@@ -345,36 +374,36 @@ def squares_by_gram(u: Tensor) -> bool:
     """Whether sum_j s_j^2 = u^T (O^T O) u + 2 u^T O^T o + o^T o, with corrections at targets and excluded items, costs
     less than the scores: 4 M H^2 flops with the gradient against 6 B M H, and no [B, M].
     """
-    return 2 * len(u) > 3 * u.shape[1]
+    return 2 * u.shape[0] > 3 * u.shape[1]
 
 
 def linear_squares(
     u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None, positive: float
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted squared loss of each user [B], and what its gradient needs."""
-    loss = u.new_zeros(len(u) + 1)
+    loss = u.new_zeros(u.shape[0] + 1)
     kept: list[Tensor] = []
     if squares_by_gram(u):
         cross = bias @ weight
         half = torch.mm(u, torch.mm(weight.T, weight)).add_(cross)  # half the gradient of sum_j s_j^2 in u
         total = ((half + cross) * u).sum(1, dtype=torch.float64) + bias.square().sum(dtype=torch.float64)
         loss[:-1] = total.to(u.dtype)
-        rows = rows_of(offsets, len(items))
+        rows = rows_of(offsets, items.shape[0])
         found = linear_pick(u, weight, bias, items, rows)
         loss.index_add_(0, rows, positive * (found - 1).square() - found.square())
         kept = [half, found]
         if exclude is not None:
-            rows = rows_of(exclude[1], len(exclude[0]))
+            rows = rows_of(exclude[1], exclude[0].shape[0])
             kept.append(linear_pick(u, weight, bias, exclude[0], rows))
             loss.index_add_(0, rows, -kept[-1].square())
         return loss[:-1], kept
-    for start, stop in _chunks(len(u), len(weight)):
+    for start, stop in _chunks(u.shape[0], weight.shape[0]):
         scores = _squared_scores(u, weight, bias, exclude, start, stop)
         loss[:-1] += torch.linalg.vector_norm(scores, dim=1).square_()
         rows, columns = _inside(items, offsets, start, stop)
-        found = scores[rows.clamp_max(len(u) - 1), columns]
+        found = scores[rows.clamp_max(u.shape[0] - 1), columns]
         loss.index_add_(0, rows, positive * (found - 1).square() - found.square())
-        if stop - start == len(weight):
+        if stop - start == weight.shape[0]:
             kept.append(scores)
         else:
             scratch.give(scores)
@@ -402,18 +431,18 @@ def linear_squares_backward(
         summed = g @ u
         dweight = torch.addr(weight @ torch.mm(u.T, u * g[:, None]), bias, summed)
         dbias = torch.addmv(bias * g.sum(), weight, summed)
-        single = [g_or_0[rows_of(offsets, len(items))] * (positive * (found - 1) - found)]
+        single = [g_or_0[rows_of(offsets, items.shape[0])] * (positive * (found - 1) - found)]
         for s in left_out:
             assert exclude is not None
-            single.append(-g_or_0[rows_of(exclude[1], len(s))] * s)
+            single.append(-g_or_0[rows_of(exclude[1], s.shape[0])] * s)
         return half * g[:, None], dweight, dbias, single
     du = torch.zeros_like(u)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-    for start, stop in _chunks(len(u), len(weight)):
+    for start, stop in _chunks(u.shape[0], weight.shape[0]):
         ds = kept[0] if kept else _squared_scores(u, weight, bias, exclude, start, stop)
         rows, columns = _inside(items, offsets, start, stop)
-        at = rows.clamp_max(len(u) - 1), columns
+        at = rows.clamp_max(u.shape[0] - 1), columns
         found = ds[at]
         ds.mul_(g[:, None]).index_put_(at, g_or_0[rows] * (positive * (found - 1) - found), accumulate=True)
         du.addmm_(ds, weight[start:stop])
@@ -437,7 +466,7 @@ def linear_warp(
     u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None
 ) -> tuple[Tensor, Tensor]:
     """The rank-weighted loss of each user [B], and its gradient in the scores [B, M]."""
-    n_users, n_items = len(u), len(weight)
+    n_users, n_items = u.shape[0], weight.shape[0]
     positive = torch.zeros(n_users + 1, n_items, dtype=torch.bool, device=u.device)
     positive.index_put_(_inside(items, offsets, 0, n_items), positive.new_ones(()))
     scores = _score(u, weight, bias, exclude, 0, n_items)

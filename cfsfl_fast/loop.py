@@ -57,17 +57,19 @@ def unroll(
     """
     noise = noise if recommender.samples else None
     state = ops.loop_state(hoisted.device)
+    following = hoisted, recommender.input.feedback
     reward, feedback = weights(user.reward), weights(user.feedback)
     turns: list[ops.FeedbackStep] = []
-    codes = [recommender(hoisted, None, noise and noise(0))]
+    codes = [recommender(hoisted, noise and noise(0))]
     listed_from = output if through_time else output.detached()
     for t in range(steps):
         u = codes[-1].u if through_time else codes[-1].u.detach()
-        turn = ops.feedback_step(u, listed_from, hx, lookup, reward, feedback, k, action, exclude, state)
+        turn = ops.feedback_step(u, listed_from, hx, lookup, reward, feedback, *following, k, action, exclude, state)
         if inputs != ALL_INPUTS:
             h = _seen(inputs, turn, u, listed_from, hx, lookup, action, exclude)
-            turn = turn._replace(feedback=ops.mlp(h, feedback))
-        codes.append(recommender(hoisted, turn.feedback, noise and noise(t + 1)))
+            v = ops.mlp(h, feedback)
+            turn = turn._replace(feedback=v, following=ops.follow(v, *following))
+        codes.append(recommender(turn.following, noise and noise(t + 1)))
         turns.append(turn)
     return Unrolled(codes, turns, state)
 

@@ -194,7 +194,7 @@ class CFSFL(nn.Module):
             history, n_users = self._padded(x)
             if self.memory is not None:
                 return self._answer(history, steps, judging.closed(history)).scores[:n_users]
-            if self.training or torch.is_grad_enabled():
+            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 loop = self._loop(history, steps)
                 u, output = loop.code.u, loop.output
             else:

@@ -28,13 +28,17 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextlib.contextmanager
 def numerics(precision: str, deterministic: bool, device: torch.device) -> Iterator[None]:
-    """Sets torch's switches for what runs inside, in every thread of the process, and puts them back.
+    """Sets torch's switches for what runs inside, in every thread of the process, and puts them back. While
+    torch.compile traces they stay as they are: what is compiled runs with those of its caller.
 
     Raises:
         ValueError: the device cannot multiply so.
     """
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f'precision="tf32" is a mode of a CUDA device\'s tensor cores; the model is on {device}')
+    if torch.compiler.is_compiling():
+        yield
+        return
     with contextlib.ExitStack() as switched:
         if deterministic:
             switched.enter_context(_deterministic())

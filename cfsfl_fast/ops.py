@@ -3,8 +3,8 @@
 Every operation is one function here and one of the same name in each implementation: `reference` (the specification),
 `library` (backend "torch"), `cpp` (backend "cpp") and `kernels` (backend "triton"). `backends` chooses among them.
 
-Gradients of looked-up rows are sparse: a `Table` collects them from every step of the loop and sums them once, so that
-no dense gradient of a table exists for a step t < T.
+Gradients of looked-up rows are sparse (`lookups`). The functions marked `whole` are what `torch.compile` sees
+(`compiling`).
 
 CSR rows may have room: entries behind offsets[-1], which belong to no row, hold the item id M and any finite weight.
 No operation looks at them (`tests/test_room.py`). On a CPU they are cut off here; on a device that would mean waiting
@@ -16,110 +16,33 @@ follows are float32 or wider.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from cfsfl_fast import library, reference
-from cfsfl_fast.backends import implementation
+from cfsfl_fast.compiling import implementation, selected, through_operators, whole
 from cfsfl_fast.library import exact_topk as exact_topk
+from cfsfl_fast.library import follow as follow
 from cfsfl_fast.library import mlp as mlp
+from cfsfl_fast.lookups import Lookups, Sink, sink_of
+from cfsfl_fast.lookups import Table as Table
 
 CSR = tuple[Tensor, Tensor]
 Layers = list[tuple[Tensor, Tensor]]
 
 ACTIONS = reference.ACTIONS
 
-# Tables whose looked-up rows get sparse gradients
-
-
-class _Lookups(NamedTuple):
-    """One look-up's part of a table's gradient: row items_e gains weights_e source[row of e]."""
-
-    items: Tensor  # [E]
-    offsets: Tensor  # [B + 1]
-    weights: Tensor | None  # [E]
-    source: Tensor  # [B, D]
-
-
-Sink = list[_Lookups] | None
-
-
-class _Collect(torch.autograd.Function):
-    """Hands a table out and, after every user of it, adds the look-ups they left in `sink` to their dense gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, sink: list[_Lookups], impl: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.sink, ctx.impl = sink, impl
-        ctx.set_materialize_grads(False)
-        ctx.shapes = weight.shape, None if bias is None else bias.shape
-        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.sink:
-            return dweight, dbias, None, None
-        (n_items, _), bias_shape = ctx.shapes
-        parts, ctx.sink[:] = list(ctx.sink), []
-        items = torch.cat([p.items for p in parts])
-        weights = torch.cat([p.source.new_ones(len(p.items)) if p.weights is None else p.weights for p in parts])
-        # Behind each part's rows one more, of zeros, owns its room.
-        starts = accumulate(len(p.items) for p in parts)
-        offsets = torch.cat([parts[0].offsets, *(p.offsets + s for p, s in zip(parts[1:], starts, strict=False))])
-        offsets = F.pad(offsets, (0, 1), value=len(items))
-        zeros = parts[0].source.new_zeros(1, parts[0].source.shape[1])
-        source = torch.cat([rows for p in parts for rows in (p.source, zeros)])
-        looked_up = ctx.impl.row_bag_backward(source, items, offsets, weights, n_items)
-        dweight = looked_up if dweight is None else looked_up.add_(dweight)
-        if bias_shape is not None:
-            looked_up = weights.new_zeros(n_items + 1).index_add_(0, items, weights)[:n_items]
-            dbias = looked_up if dbias is None else looked_up.add_(dbias)
-        return dweight, dbias, None, None
-
-
-class Table:
-    """A table [M, D], and a bias [M] where it has one, whose rows one graph looks up many times.
-
-    Make one per forward pass and hand it to every operation of the pass.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.sink: Sink = None
-        self.weight, self._bias = weight, bias
-        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-            self.sink = []
-            self.weight, self._bias = _Collect.apply(weight, bias, self.sink, implementation(weight.device))
-
-    @property
-    def bias(self) -> Tensor:
-        """[M], of a table that has one."""
-        assert self._bias is not None, "this table has no bias"
-        return self._bias
-
-    def detached(self) -> Table:
-        """The same rows, out of reach of gradients."""
-        return Table(self.weight.detach(), None if self._bias is None else self._bias.detach())
-
-    def rows(self, ids: Tensor) -> Table:
-        """A table of some of the rows, in the order given, out of reach of gradients. ids: [M'] int64"""
-        return Table(self.weight.detach()[ids], None if self._bias is None else self._bias.detach()[ids])
-
-
 # The operations
 
 
-def _bounded(items: Tensor, offsets: Tensor) -> CSR:
-    """CSR rows as implementations take them: on a CPU, entries behind the last row are cut off (an export has none)."""
-    if items.is_cuda or torch.compiler.is_exporting() or len(offsets) == 0:
+def _bounded(items: Tensor, offsets: Tensor, backend: str) -> CSR:
+    """CSR rows as implementations take them: on a CPU, entries behind the last row are cut off."""
+    if through_operators(backend) or torch.compiler.is_compiling():  # no data, or operators see to it
         return items, offsets
-    return items[: int(offsets[-1])], offsets
+    return library.without_room(items, offsets)
 
 
 class _RowBag(torch.autograd.Function):
@@ -135,7 +58,7 @@ class _RowBag(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[None, ...]:
         if ctx.sink is not None:
             items, offsets, weights = ctx.rows
-            ctx.sink.append(_Lookups(items, offsets, weights, dout))
+            ctx.sink.append(Lookups(items, offsets, weights, dout))
         return (None,) * 6
 
 
@@ -151,12 +74,16 @@ def row_bag(table: Table, items: Tensor, offsets: Tensor, weights: Tensor | None
     Returns:
         [B, D]; an empty row gives 0.
     """
-    items, offsets = _bounded(items, offsets)
-    weights = None if weights is None else weights[: items.shape[0]].to(table.weight.dtype)
-    impl = implementation(table.weight.device)
-    if impl is reference:
-        return reference.row_bag(table.weight, items, offsets, weights)
-    return _RowBag.apply(table.weight, items, offsets, weights, table.sink, impl)
+    return _row_bag(table.weight, items, offsets, weights, selected(table.weight.device))
+
+
+@whole
+def _row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, backend: str) -> Tensor:
+    items, offsets = _bounded(items, offsets, backend)
+    weights = None if weights is None else weights[: items.shape[0]].to(table.dtype)
+    if backend == "reference":
+        return reference.row_bag(table, items, offsets, weights)
+    return _RowBag.apply(table, items, offsets, weights, sink_of(table), implementation(backend))
 
 
 class _ScoresOfList(torch.autograd.Function):
@@ -176,22 +103,23 @@ class _ScoresOfList(torch.autograd.Function):
         u, weight, ids = ctx.saved_tensors
         lists = ids.clamp_min(0).flatten(), library.list_offsets(ids), dscores.masked_fill(ids < 0, 0).flatten()
         if ctx.sink is not None:
-            ctx.sink.append(_Lookups(*lists, source=u))
+            ctx.sink.append(Lookups(*lists, source=u))
         du = ctx.impl.row_bag(weight, *lists) if ctx.needs_input_grad[0] else None
         return du, *(None,) * 6
 
 
-def _with_gradient(u: Tensor, output: Table, ids: Tensor, scores: Tensor, impl: Any) -> Tensor:
+def _with_gradient(u: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, scores: Tensor, impl: Any) -> Tensor:
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if not torch.is_grad_enabled() or not (u.requires_grad or output.sink is not None):
+    sink = sink_of(weight)
+    if not torch.is_grad_enabled() or not (u.requires_grad or sink is not None):
         return scores
-    return _ScoresOfList.apply(u, output.weight, output.bias, ids, scores, output.sink, impl)
+    return _ScoresOfList.apply(u, weight, bias, ids, scores, sink, impl)
 
 
 def loop_state(device: torch.device) -> Any:
     """What the implementation remembers from step to step of one loop; hand it to every operation of that loop."""
-    impl = implementation(device)
-    return None if impl is reference else impl.loop_state()
+    backend = selected(device)
+    return None if backend == "reference" else implementation(backend).loop_state()
 
 
 def linear_topk(
@@ -210,20 +138,32 @@ def linear_topk(
         ids [B, K] int64, score descending, ties to the smaller id, padded with -1; scores [B, K], padded with -inf.
     """
     u = u.to(output.weight.dtype)
-    exclude = exclude and _bounded(*exclude)
-    impl = implementation(u.device)
-    if impl is reference:
-        return reference.linear_topk(u, output.weight, output.bias, k, exclude)
+    return _linear_topk(u, output.weight, output.bias, k, exclude, state, selected(u.device))
+
+
+@whole
+def _linear_topk(
+    u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None, state: Any, backend: str
+) -> tuple[Tensor, Tensor]:
+    exclude = exclude and _bounded(*exclude, backend)
+    if backend == "reference":
+        return reference.linear_topk(u, weight, bias, k, exclude)
+    impl = implementation(backend)
     with torch.no_grad():
-        ids, scores = impl.linear_topk(u, output.weight, output.bias, k, exclude, state)
-    return ids, _with_gradient(u, output, ids, scores, impl)
+        ids, scores = impl.linear_topk(u, weight, bias, k, exclude, state)
+    return ids, _with_gradient(u, weight, bias, ids, scores, impl)
 
 
 def pair_scores(u: Tensor, weight: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
     """< u_b, weight[ids_bk] > + bias[ids_bk], whatever precision products have. [B, K] int64 -> [B, K]; no gradient"""
-    impl = implementation(u.device)
+    return _pair_scores(u, weight, bias, ids, selected(u.device))
+
+
+@whole
+def _pair_scores(u: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, backend: str) -> Tensor:
+    impl = library if backend == "reference" else implementation(backend)
     with torch.no_grad():
-        return (library if impl is reference else impl).row_dot(u, weight, ids).add_(bias[ids])
+        return impl.row_dot(u, weight, ids).add_(bias[ids])
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +172,7 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Score descending, ties to the smaller id; scores of -inf or NaN never enter, and a list that ends early is padded
     with -1 and -inf.
     """
-    if scores.is_cuda or implementation(scores.device) is reference:
+    if scores.is_cuda or torch.compiler.is_compiling() or selected(scores.device) == "reference":
         return reference.top(scores, k)  # a sort, which waits for no count
     return library.exact_topk(scores, k)
 
@@ -262,7 +202,7 @@ class _Fuse(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         lookup, ids, scores, w = ctx.saved_tensors
         if ctx.sink is not None:
-            ctx.sink.append(_Lookups(ids.clamp_min(0).flatten(), library.list_offsets(ids), w.flatten(), dh))
+            ctx.sink.append(Lookups(ids.clamp_min(0).flatten(), library.list_offsets(ids), w.flatten(), dh))
         dscores = None
         if ctx.needs_input_grad[3] and ctx.action != "hard":
             dw = ctx.impl.row_dot(dh, lookup, ids)
@@ -284,29 +224,36 @@ def fuse(hx: Tensor, lookup: Table, ids: Tensor, scores: Tensor, action: str) ->
     Returns:
         [B, D].
     """
-    impl = implementation(hx.device)
-    if impl is reference:
-        return reference.fuse(hx, lookup.weight, ids, scores, action)
+    return _fuse(hx, lookup.weight, ids, scores, action, selected(hx.device))
+
+
+@whole
+def _fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference.fuse(hx, lookup, ids, scores, action)
+    impl = implementation(backend)
     with torch.no_grad():
-        ready = impl.fuse(hx, lookup.weight, ids, scores, action)
-    return _Fuse.apply(hx, lookup.weight, ids, scores, ready, action, lookup.sink, impl)
+        ready = impl.fuse(hx, lookup, ids, scores, action)
+    return _Fuse.apply(hx, lookup, ids, scores, ready, action, sink_of(lookup), impl)
 
 
 class _FuseSoftmax(torch.autograd.Function):
     """softmax(s) lookup over the whole catalogue, streamed: [B, M] is never stored."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None) -> Tensor:
-        mean, lse = library.fuse_softmax(u, weight, bias, lookup, exclude)
+    def forward(
+        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, lookup: Tensor, exclude: CSR | None, impl: Any
+    ) -> Tensor:
+        mean, lse = impl.fuse_softmax(u, weight, bias, lookup, exclude)
         ctx.save_for_backward(u, weight, bias, lookup, mean, lse)
-        ctx.exclude = exclude
+        ctx.exclude, ctx.impl = exclude, impl
         return mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dmean: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, bias, lookup, mean, lse = ctx.saved_tensors
-        return *library.fuse_softmax_backward(dmean, u, weight, bias, lookup, ctx.exclude, mean, lse), None
+        return *ctx.impl.fuse_softmax_backward(dmean, u, weight, bias, lookup, ctx.exclude, mean, lse), None, None
 
 
 def fuse_softmax(u: Tensor, output: Table, hx: Tensor, lookup: Table, exclude: CSR | None = None) -> Tensor:
@@ -315,32 +262,46 @@ def fuse_softmax(u: Tensor, output: Table, hx: Tensor, lookup: Table, exclude: C
     Differentiable in everything; excluded items have probability 0. Arguments as in `feedback_step`.
     """
     u = u.to(output.weight.dtype)
-    exclude = exclude and _bounded(*exclude)
-    if implementation(u.device) is reference:
-        return reference.fuse_softmax(u, output.weight, output.bias, hx, lookup.weight, exclude)
-    return hx + _FuseSoftmax.apply(u, output.weight, output.bias, lookup.weight, exclude)
+    return _fuse_softmax(u, output.weight, output.bias, hx, lookup.weight, exclude, selected(u.device))
+
+
+@whole
+def _fuse_softmax(
+    u: Tensor, weight: Tensor, bias: Tensor, hx: Tensor, lookup: Tensor, exclude: CSR | None, backend: str
+) -> Tensor:
+    exclude = exclude and _bounded(*exclude, backend)
+    if backend == "reference":
+        return reference.fuse_softmax(u, weight, bias, hx, lookup, exclude)
+    impl = implementation(backend) if through_operators(backend) else library  # no backend has its own
+    return hx + _FuseSoftmax.apply(u, weight, bias, lookup, exclude, impl)
 
 
 class _Respond(torch.autograd.Function):
     """Gives the virtual user's answer its gradient; the hidden layers are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, ready: tuple[Tensor, Tensor], depth: int, *flat: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(h, *flat)
+    def forward(
+        ctx: Any, h: Tensor, ready: tuple[Tensor, ...], depth: int, hoisted: Tensor, wv: Tensor, *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(h, wv, *flat)
         ctx.depth = depth
         return ready
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogit: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        h, *flat = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True))
+    def backward(ctx: Any, dlogit: Tensor, dv: Tensor, dfollowing: Tensor) -> tuple[Tensor | None, ...]:
+        need_h, _, _, need_hoisted, need_wv, *need_flat = ctx.needs_input_grad
+        h, wv, *flat = ctx.saved_tensors
+        needed = need_h, *need_flat
+        h, *flat = (t.detach().requires_grad_(need) for t, need in zip((h, *flat), needed, strict=True))
         with torch.enable_grad():
             logit, v = library.respond(h, *_layers(flat, ctx.depth))
+            unit = library.unit(v)
         wanted = [t for t in (h, *flat) if t.requires_grad]
-        found = iter(torch.autograd.grad((logit, v), wanted, (dlogit, dv)))
+        found = iter(torch.autograd.grad((logit, v, unit), wanted, (dlogit, dv, dfollowing @ wv.T)) if wanted else ())
         dh, *dflat = (next(found) if need else None for need in needed)
-        return dh, None, None, *dflat
+        dwv = unit.detach().T @ dfollowing if need_wv else None
+        return dh, None, None, dfollowing if need_hoisted else None, dwv, *dflat
 
 
 def _layers(flat: list[Tensor], depth: int) -> tuple[Layers, Layers]:
@@ -355,6 +316,7 @@ class FeedbackStep(NamedTuple):
     logit: Tensor  # g(h) [B]; the reward is its sigmoid
     ids: Tensor  # a [B, K]
     scores: Tensor  # [B, K]
+    following: Tensor  # hoisted + v^ Wv [B, P]: where the recommender's next pass begins
 
 
 def feedback_step(
@@ -364,6 +326,8 @@ def feedback_step(
     lookup: Table,
     reward: Layers,
     feedback: Layers,
+    hoisted: Tensor,
+    wv: Tensor,
     k: int,
     action: str,
     exclude: CSR | None = None,
@@ -377,34 +341,54 @@ def feedback_step(
         hx: mean lookup row of the history. [B, D]
         lookup: [M, D].
         reward, feedback: (weight [out, in], bias [out]) of each layer, ReLU between.
+        hoisted: what the recommender's first pre-activation is without feedback. [B, P]
+        wv: how feedback enters it. [V, P]
         k: length of the list that the virtual user sees.
         action: one of ACTIONS.
         exclude: CSR rows of items that never enter the list.
         state: of `loop_state`.
     """
-    u = u.to(output.weight.dtype)
-    exclude = exclude and _bounded(*exclude)
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {', '.join(ACTIONS)}; got {action!r}")
-    impl = implementation(u.device)
-    weight, bias = output.weight, output.bias
-    if impl is reference:
-        return FeedbackStep(
-            *reference.feedback_step(u, weight, bias, hx, lookup.weight, reward, feedback, k, action, exclude)
-        )
-    if action == "softmax":
+    u, backend = u.to(output.weight.dtype), selected(u.device)
+    if action == "softmax" and backend != "reference":
         ids, scores = linear_topk(u, output, k, exclude, state)
         h = fuse_softmax(u, output, hx, lookup, exclude)
         logit, v = library.respond(h, reward, feedback)
-        return FeedbackStep(v, logit, ids, scores)
+        return FeedbackStep(v, logit, ids, scores, follow(v, hoisted, wv))
+    inputs = u, output.weight, output.bias, hx, lookup.weight, reward, feedback, hoisted, wv
+    return FeedbackStep(*_feedback_step(*inputs, k, action, exclude, state, backend))
+
+
+@whole
+def _feedback_step(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    hx: Tensor,
+    lookup: Tensor,
+    reward: Layers,
+    feedback: Layers,
+    hoisted: Tensor,
+    wv: Tensor,
+    k: int,
+    action: str,
+    exclude: CSR | None,
+    state: Any,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    exclude = exclude and _bounded(*exclude, backend)
+    rest = hx, lookup, reward, feedback, hoisted, wv, k, action, exclude
+    if backend == "reference":
+        return reference.feedback_step(u, weight, bias, *rest)
+    impl = implementation(backend)
     with torch.no_grad():
-        v, logit, h, ids, scores, w = impl.feedback_step(
-            u, weight, bias, hx, lookup.weight, reward, feedback, k, action, exclude, state
-        )
-    scores = _with_gradient(u, output, ids, scores, impl)
-    h = _Fuse.apply(hx, lookup.weight, ids, scores, (h, w), action, lookup.sink, impl)
-    logit, v = _Respond.apply(h, (logit, v), len(reward), *(t for layer in (*reward, *feedback) for t in layer))
-    return FeedbackStep(v, logit, ids, scores)
+        v, logit, ids, scores, following, h, w = impl.feedback_step(u, weight, bias, *rest, state)
+    scores = _with_gradient(u, weight, bias, ids, scores, impl)
+    h = _Fuse.apply(hx, lookup, ids, scores, (h, w), action, sink_of(lookup), impl)
+    flat = (t for layer in (*reward, *feedback) for t in layer)
+    logit, v, following = _Respond.apply(h, (logit, v, following), len(reward), hoisted, wv, *flat)
+    return v, logit, ids, scores, following
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -453,15 +437,30 @@ def linear_nll(
     Returns:
         loss [B] (0 where x is empty), ids [B, K], scores [B, K]; differentiable in u, weight and bias.
     """
-    items, offsets = _bounded(items, offsets)
     u = u.to(output.weight.dtype)
-    exclude = exclude and _bounded(*exclude)
-    impl = implementation(u.device)
-    if impl is reference:
-        nll = reference.linear_nll(u, output.weight, output.bias, items, offsets, exclude)
-        return nll, *reference.linear_topk(u, output.weight, output.bias, k, exclude)
-    nll, ids, scores = _LinearNLL.apply(u, output.weight, output.bias, items, offsets, exclude, k, state, impl)
-    return nll, ids, _with_gradient(u, output, ids, scores, impl)
+    return _linear_nll(u, output.weight, output.bias, items, offsets, exclude, k, state, selected(u.device))
+
+
+@whole
+def _linear_nll(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    exclude: CSR | None,
+    k: int,
+    state: Any,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    items, offsets = _bounded(items, offsets, backend)
+    exclude = exclude and _bounded(*exclude, backend)
+    if backend == "reference":
+        nll = reference.linear_nll(u, weight, bias, items, offsets, exclude)
+        return nll, *reference.linear_topk(u, weight, bias, k, exclude)
+    impl = implementation(backend)
+    nll, ids, scores = _LinearNLL.apply(u, weight, bias, items, offsets, exclude, k, state, impl)
+    return nll, ids, _with_gradient(u, weight, bias, ids, scores, impl)
 
 
 class _LinearSquares(torch.autograd.Function):
@@ -496,7 +495,7 @@ class _LinearSquares(torch.autograd.Function):
         for (ids, ends), ds in zip(((items, offsets), exclude), single, strict=False):
             du += ctx.impl.row_bag(weight, ids, ends, ds)
             if ctx.sink is not None:
-                ctx.sink.append(_Lookups(ids, ends, ds, u))
+                ctx.sink.append(Lookups(ids, ends, ds, u))
         return du, dweight, dbias, *(None,) * 6
 
 
@@ -517,12 +516,26 @@ def linear_squares(
     Returns:
         loss [B]; differentiable in u, weight and bias.
     """
-    items, offsets = _bounded(items, offsets)
-    exclude = exclude and _bounded(*exclude)
-    impl = implementation(u.device)
-    if impl is reference:
-        return reference.linear_squares(u, output.weight, output.bias, items, offsets, exclude, positive)
-    return _LinearSquares.apply(u, output.weight, output.bias, items, offsets, exclude, positive, output.sink, impl)
+    return _linear_squares(u, output.weight, output.bias, items, offsets, exclude, positive, selected(u.device))
+
+
+@whole
+def _linear_squares(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    exclude: CSR | None,
+    positive: float,
+    backend: str,
+) -> Tensor:
+    items, offsets = _bounded(items, offsets, backend)
+    exclude = exclude and _bounded(*exclude, backend)
+    if backend == "reference":
+        return reference.linear_squares(u, weight, bias, items, offsets, exclude, positive)
+    rest = exclude, positive, sink_of(weight), implementation(backend)
+    return _LinearSquares.apply(u, weight, bias, items, offsets, *rest)
 
 
 class _LinearWARP(torch.autograd.Function):
@@ -561,8 +574,15 @@ def linear_warp(u: Tensor, output: Table, items: Tensor, offsets: Tensor, exclud
     Returns:
         loss [B]; differentiable in u, weight and bias.
     """
-    items, offsets = _bounded(items, offsets)
-    exclude = exclude and _bounded(*exclude)
-    if implementation(u.device) is reference:
-        return reference.linear_warp(u, output.weight, output.bias, items, offsets, exclude)
-    return _LinearWARP.apply(u, output.weight, output.bias, items, offsets, exclude)
+    return _linear_warp(u, output.weight, output.bias, items, offsets, exclude, selected(u.device))
+
+
+@whole
+def _linear_warp(
+    u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None, backend: str
+) -> Tensor:
+    items, offsets = _bounded(items, offsets, backend)
+    exclude = exclude and _bounded(*exclude, backend)
+    if backend == "reference":
+        return reference.linear_warp(u, weight, bias, items, offsets, exclude)
+    return _LinearWARP.apply(u, weight, bias, items, offsets, exclude)

@@ -129,14 +129,16 @@ def feedback_step(
     lookup: Tensor,
     reward: Layers,
     feedback: Layers,
+    hoisted: Tensor,
+    wv: Tensor,
     k: int,
     action: str,
     exclude: CSR | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Equations (2), (16), (3), (4): one turn of the virtual user.
 
     Returns:
-        v [B, V], the reward's logit [B], ids [B, K], scores [B, K].
+        v [B, V], the reward's logit [B], ids [B, K], scores [B, K], hoisted + v^ Wv [B, P].
     """
     ids, scores = linear_topk(u, weight, bias, k, exclude)
     if action == "softmax":
@@ -144,7 +146,7 @@ def feedback_step(
     else:
         h = fuse(hx, lookup, ids, scores, action)
     logit, v = respond(h, reward, feedback)
-    return v, logit, ids, scores
+    return v, logit, ids, scores, hoisted + F.normalize(v, dim=1, eps=1e-12) @ wv
 
 
 def linear_nll(

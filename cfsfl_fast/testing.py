@@ -82,10 +82,12 @@ class Problem:
     lookup: Tensor  # [M, D]
     reward: Layers
     feedback: Layers
+    hoisted: Tensor  # [B, P]
+    wv: Tensor  # [V, P]
 
     def tensors(self) -> Iterator[Tensor]:
         """Every floating-point input."""
-        yield from (self.u, self.weight, self.bias, self.weights, self.hx, self.lookup)
+        yield from (self.u, self.weight, self.bias, self.weights, self.hx, self.lookup, self.hoisted, self.wv)
         for layer in (*self.reward, *self.feedback):
             yield from layer
 
@@ -97,7 +99,7 @@ class Problem:
             t = t.detach().to(dtype, copy=True)
             return (t.t().contiguous().t() if strided else t).requires_grad_(grad)
 
-        names = ("u", "weight", "bias", "hx", "lookup")
+        names = ("u", "weight", "bias", "hx", "lookup", "hoisted", "wv")
         converted: dict[str, Any] = {name: convert(getattr(self, name)) for name in names}
         return replace(
             self,
@@ -115,7 +117,8 @@ class Problem:
             for i, layer in enumerate(getattr(self, n))
             for w, t in zip("wb", layer, strict=True)
         }
-        return {"u": self.u, "weight": self.weight, "bias": self.bias, "hx": self.hx, "lookup": self.lookup, **layers}
+        names = ("u", "weight", "bias", "hx", "lookup", "hoisted", "wv")
+        return {**{name: getattr(self, name) for name in names}, **layers}
 
 
 def random_rows(n_rows: int, n_items: int, longest: int, generator: torch.Generator, without: CSR | None = None) -> CSR:
@@ -174,7 +177,7 @@ def random_problem(
         u, weight, lookup = u.t().contiguous().t(), weight.t().contiguous().t(), lookup.t().contiguous().t()
     return Problem(
         u, weight, draw(M, scale=0.3), left_out, items, offsets, draw(len(items)), draw(B, D), lookup,
-        layers([D, 9, 7, 1]), layers([D + 1, 8, V]),
+        layers([D, 9, 7, 1]), layers([D + 1, 8, V]), draw(B, 7), draw(V, 7),
     )  # fmt: skip
 
 

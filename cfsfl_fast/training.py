@@ -102,7 +102,7 @@ def recommender_step(model: CFSFL, batch: View, eps: Noise, step: int | Tensor) 
     """L_sup of the recommender alone (T = 0), mean over users."""
     recommender = model.recommender
     hoisted = recommender.hoist(*batch.encoded.csr, batch.weights)
-    code = recommender(hoisted, None, eps(0) if recommender.samples else None)
+    code = recommender(hoisted, eps(0) if recommender.samples else None)
     return _supervised(model, batch, code, model.output_table(), step)[0]
 
 
@@ -126,7 +126,7 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int | Tensor) -> tup
         batch.encoded, batch.weights, batch.seen, steps=config.steps, exclude=batch.exclude, noise=eps
     )
     code = codes[-1]
-    if batch.mask is batch.exclude:  # loss and list come from one product
+    if (batch.mask is None) == (batch.exclude is None):  # the same rows: loss and list come from one product
         loss, ids, scores = _supervised(model, batch, code, output, step, config.top_k, state)
     else:
         loss, _, _ = _supervised(model, batch, code, output, step)

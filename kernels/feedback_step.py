@@ -4,7 +4,7 @@
     h  = hx + sum_{k in a} w_k L_k         w = 1/K or the softmax of the listed scores  (16)
     g  = MLP_R(h),  R = sigmoid(g)         ReLU between                                 (3)
     v  = MLP_F([h ; R])                                                                 (4)
-    p' = hoisted + v^ Wv                   v^ = v / max(|v|, 1e-12); where asked for: the next hidden pre-activation
+    p  = hoisted + v^ Wv                   v^ = v / max(|v|, 1e-12): where the recommender's next pass begins
 
 One program per user selects and gathers. It then takes a ticket; the last to arrive of each GROUP users runs the dense
 part for all of them with `tl.dot`: 200 KB of weights are read once per group, not per user, and the ticket counter
@@ -104,7 +104,7 @@ def feedback_step_fwd_kernel(
     stride_hx, stride_lookup,
     stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2,
     stride_hoisted, stride_wv,
-    VEC: tl.constexpr, VEC_H: tl.constexpr, UNIFORM: tl.constexpr, DENSE: tl.constexpr, FOLLOWED: tl.constexpr,
+    VEC: tl.constexpr, VEC_H: tl.constexpr, UNIFORM: tl.constexpr, DENSE: tl.constexpr,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -143,7 +143,7 @@ def feedback_step_fwd_kernel(
                 f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr, hoisted_ptr, wv_ptr,
                 group, B, D, R0, R1, R2, F0, F1, V, H,
                 stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2, stride_hoisted, stride_wv,
-                FOLLOWED, BLOCK_D, BLOCK_F, BLOCK_V, BLOCK_H, BLOCK_I, GROUP, PREC,
+                BLOCK_D, BLOCK_F, BLOCK_V, BLOCK_H, BLOCK_I, GROUP, PREC,
             )  # fmt: skip
 
 
@@ -156,10 +156,10 @@ def respond(
     hoisted_ptr, wv_ptr,
     group, B, D, R0, R1, R2, F0, F1, V, H,
     stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2, stride_hoisted, stride_wv,
-    FOLLOWED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Equations (3) and (4) for one group of users."""
+    """Equations (3) and (4), and p, for one group of users."""
     g = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
     in_b = g < B
     every = tl.full((GROUP,), 1, tl.int1)
@@ -189,16 +189,15 @@ def respond(
     in_v = (j < V)[None, :]
     tl.store(v_ptr + g[:, None] * V + j[None, :], v.to(v_ptr.dtype.element_ty), mask=in_b[:, None] & in_v)
 
-    if FOLLOWED:
-        unit = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
-        tl.store(one + tl.arange(0, GROUP)[:, None] * V + j[None, :], unit, mask=in_v)
-        tl.debug_barrier()
-        for h0 in range(0, H, BLOCK_H):
-            c = h0 + tl.arange(0, BLOCK_H)
-            p = multiply(one, every, wv_ptr, stride_wv, 1, c, V, H, BLOCK_V, BLOCK_I, GROUP, PREC)
-            inside = in_b[:, None] & (c < H)[None, :]
-            p += tl.load(hoisted_ptr + g[:, None] * stride_hoisted + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(next_ptr + g[:, None] * H + c[None, :], p.to(next_ptr.dtype.element_ty), mask=inside)
+    unit = v / tl.maximum(tl.sqrt(tl.sum(v * v, 1)), 1e-12)[:, None]
+    tl.store(one + tl.arange(0, GROUP)[:, None] * V + j[None, :], unit, mask=in_v)
+    tl.debug_barrier()
+    for h0 in range(0, H, BLOCK_H):
+        c = h0 + tl.arange(0, BLOCK_H)
+        p = multiply(one, every, wv_ptr, stride_wv, 1, c, V, H, BLOCK_V, BLOCK_I, GROUP, PREC)
+        inside = in_b[:, None] & (c < H)[None, :]
+        p += tl.load(hoisted_ptr + g[:, None] * stride_hoisted + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(next_ptr + g[:, None] * H + c[None, :], p.to(next_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -258,40 +257,36 @@ def feedback_step(
     lookup: Tensor,
     reward: Layers,
     feedback: Layers,
+    hoisted: Tensor,
+    wv: Tensor,
     k: int,
     action: str,
     exclude: CSR | None = None,
     state: LoopState | None = None,
-    following: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """v [B, V], the reward's logit [B], h [B, D], ids, scores and list weights [B, K] of one turn of the virtual user.
-
-    Args:
-        following: (hoisted [B, H], Wv [V, H]); the next hidden pre-activation [B, H] is then a seventh result.
-    """
+    """v [B, V], the reward's logit [B], ids, scores [B, K], hoisted + v^ Wv [B, P], h [B, D], list weights [B, K]."""
     B, D = hx.shape
     k = min(k, len(weight))
     if k > MAX_K or k == 0 or B == 0:
-        out = library.feedback_step(u, weight, bias, hx, lookup, reward, feedback, k, action, exclude)
-        return out if following is None else (*out, _follow(out[0], *following))
+        return library.feedback_step(u, weight, bias, hx, lookup, reward, feedback, hoisted, wv, k, action, exclude)
     state = state or LoopState()
     dense = len(reward) == 4 and len(feedback) == 3 and D <= 256
     shapes = [w.shape[0] for w, _ in (*reward, *feedback)]
-    V, H = shapes[-1], 1 if following is None else following[1].shape[1]
+    V, H = wv.shape
     ids, best = empty_lists(u, k)
     w, h = hx.new_empty(B, k), hx.new_empty(B, D)
     v, logit = hx.new_empty(B, V), hx.new_empty(B)
-    after = hx.new_empty(B, H) if dense and following is not None else h
+    following = hx.new_empty(B, H)
     block = pending(rows_first(u), weight, bias, k, exclude, state)
     BLOCK_F, precision = power_of_two(max(shapes[:3] + shapes[4:])), dot_precision(u.dtype)
     hidden = state.empty("hidden", (triton.cdiv(B, GROUP), 2, GROUP, BLOCK_F), torch.float32, u)
     ticket = state.zeros("ticket", (triton.cdiv(B, GROUP),), torch.int32, u)
     hx, lookup = rows_first(hx), rows_first(lookup)
     layers = [(rows_first(a), b) for a, b in (*reward, *feedback)] if dense else [(h, h)] * 7
-    hoisted, wv = (h, h) if following is None else map(rows_first, following)
+    hoisted, wv = rows_first(hoisted), rows_first(wv)
     r0, r1, r2, _, f0, f1, f2 = (a for a, _ in layers)
     feedback_step_fwd_kernel[(B,)](
-        v, logit, h, ids, best, w, after,
+        v, logit, h, ids, best, w, following,
         *block.arguments()[:4], ticket, hidden, *block.arguments()[4:],
         hx, lookup, *(t for pair in layers for t in pair), hoisted, wv,
         *block.sizes(k),
@@ -300,7 +295,7 @@ def feedback_step(
         *(a.stride(0) for a in (r0, r1, r2, f0, f1, f2)),
         hoisted.stride(0), wv.stride(0),
         VEC=vector(D, hx.stride(0), lookup.stride(0)), VEC_H=vector(H, hoisted.stride(0), wv.stride(0)),
-        UNIFORM=action != "topk_softmax", DENSE=dense, FOLLOWED=dense and following is not None,
+        UNIFORM=action != "topk_softmax", DENSE=dense,
         **block.flags(k),
         BLOCK_D=min(256, power_of_two(D)), BLOCK_F=BLOCK_F, BLOCK_V=power_of_two(V), BLOCK_H=128,
         BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4,
@@ -308,14 +303,8 @@ def feedback_step(
     )  # fmt: skip
     if not dense:
         logit, v = library.respond(h, reward, feedback)
-    out = v, logit, h, ids, best, w
-    if following is None:
-        return out
-    return (*out, after if dense else _follow(v, *following))
-
-
-def _follow(v: Tensor, hoisted: Tensor, wv: Tensor) -> Tensor:
-    return hoisted + torch.nn.functional.normalize(v, eps=1e-12) @ wv
+        following = library.follow(v, hoisted, wv)
+    return v, logit, ids, best, following, h, w
 
 
 def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -> tuple[Tensor, Tensor]:

@@ -185,12 +185,12 @@ def cases(M: int, dtype: torch.dtype, k: int = K) -> dict[str, Callable[[], obje
     u, weight, bias = _empty(B, H, dtype=dtype), _empty(M, H, dtype=dtype), _empty(M, dtype=dtype)
     hx, lookup, lists = _empty(B, D), _empty(M, D), _empty(B, k, dtype=torch.int64)
     x, gone = _csr(B, 35_000), _csr(B, 35_000)
-    hoisted = _empty(B, H), _empty(V, H)
+    hoisted, wv = _empty(B, H), _empty(V, H)
 
     def step() -> object:
         state = kernels.loop_state()
         return kernels.feedback_step(
-            u, weight, bias, hx, lookup, *_layers(), k, "straight_through", gone, state, hoisted
+            u, weight, bias, hx, lookup, *_layers(), hoisted, wv, k, "straight_through", gone, state
         )  # fmt: skip
 
     return {

@@ -24,17 +24,30 @@ def test_feedback_step(
     g = torch.Generator().manual_seed(1)
     dv = torch.randn(shape[0], 5, generator=g, dtype=torch.float64)
     dlogit = torch.randn(shape[0], generator=g, dtype=torch.float64)
+    dfollowing = torch.randn(shape[0], 7, generator=g, dtype=torch.float64) * 0.1
     answers, lists = [], []
     for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
         q = p.to(dt, grad=True)
         with backends.use_backend(run), poisoned():
             output, lookup = ops.Table(q.weight, q.bias), ops.Table(q.lookup)
             step = ops.feedback_step(
-                q.u, output, q.hx, lookup, q.reward, q.feedback, 4, action, q.exclude, ops.loop_state(q.u.device)
+                q.u,
+                output,
+                q.hx,
+                lookup,
+                q.reward,
+                q.feedback,
+                q.hoisted,
+                q.wv,
+                4,
+                action,
+                q.exclude,
+                ops.loop_state(q.u.device),
             )
-            ((step.feedback * dv.to(dt)).sum() + (step.logit * dlogit.to(dt)).sum()).backward()
+            parts = (step.feedback, dv), (step.logit, dlogit), (step.following, dfollowing)
+            sum((t * dt_out.to(dt)).sum() for t, dt_out in parts).backward()
         grads = {n: t.new_zeros(t.shape) if t.grad is None else t.grad for n, t in q.leaves().items()}
-        answers.append({"v": step.feedback, "logit": step.logit, **grads})
+        answers.append({"v": step.feedback, "logit": step.logit, "following": step.following, **grads})
         lists.append((step.ids, step.scores))
     assert_list(*lists[0], p.exclude, shape[1])
     assert torch.equal(lists[0][0], lists[1][0]), "no ties in this problem"
@@ -53,7 +66,7 @@ def test_steps_of_one_state(backend: str) -> None:
         state = ops.loop_state(u.device)
         for size in (0, 1e-4, 0, 0.3, 1e-3, 2.0, 0):
             u = u + size * torch.randn(u.shape, generator=g)
-            rest = (p.hx, lookup, p.reward, p.feedback, 10, "hard", p.exclude)
+            rest = (p.hx, lookup, p.reward, p.feedback, p.hoisted, p.wv, 10, "hard", p.exclude)
             with_state = ops.feedback_step(u, output, *rest, state)
             without = ops.feedback_step(u, output, *rest, ops.loop_state(u.device))
             for a, b in zip(with_state, without, strict=True):

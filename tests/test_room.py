@@ -36,7 +36,9 @@ def answers(p: Problem, action: str) -> list[Tensor]:
     output, lookup = ops.Table(p.weight, p.bias), ops.Table(p.lookup)
     state = ops.loop_state(p.u.device)
     bag = ops.row_bag(lookup, p.items, p.offsets, p.weights)
-    turn = ops.feedback_step(p.u, output, p.hx + bag, lookup, p.reward, p.feedback, K, action, p.exclude, state)
+    turn = ops.feedback_step(
+        p.u, output, p.hx + bag, lookup, p.reward, p.feedback, p.hoisted, p.wv, K, action, p.exclude, state
+    )
     ids, scores = ops.linear_topk(p.u, output, K, p.exclude, state)
     nll, *rest = ops.linear_nll(p.u, output, p.items, p.offsets, p.exclude, K, state)
     unweighted = ops.row_bag(lookup, p.items, p.offsets)
@@ -67,7 +69,7 @@ def test_library_calls_step_over_the_room_without_cutting_it_off(
     """As on a device, where cutting off would wait for it."""
     if chunk:
         monkeypatch.setattr(library, "CHUNK_SCORES", chunk)
-    monkeypatch.setattr(ops, "_bounded", lambda items, offsets: (items, offsets))
+    monkeypatch.setattr(library, "without_room", lambda items, offsets: (items, offsets))
     p = random_problem(B, M, 8)
     with backends.use_backend("torch"), poisoned():
         for action in ("straight_through", "softmax"):

@@ -1,4 +1,6 @@
-"""The Triton kernels in Triton's interpreter, in a process of its own: the files `triton_*`."""
+"""The Triton kernels in Triton's interpreter, in a process of its own: the files `triton_*`, and what `test_compiling`
+asks of every backend.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ HERE = Path(__file__).parent
 def test_kernels_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
-         "tests/triton_cases.py", "tests/triton_faults.py", "tests/triton_waiting.py"],
+         "-k", "triton", "tests/triton_cases.py", "tests/triton_faults.py", "tests/triton_waiting.py",
+         "tests/test_compiling.py"],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cfsfl_fast import CFSFL, CFSFLConfig, backends, ops
+from cfsfl_fast import CFSFL, CFSFLConfig, backends, library
 from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.training import Optimisers, run_epoch
@@ -72,7 +72,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(Graphs, "run", run_watched)
     monkeypatch.setattr(triton.GridExecutor, "__call__", launch_unwatched)
-    monkeypatch.setattr(ops, "_bounded", lambda items, offsets: (items, offsets))
+    monkeypatch.setattr(library, "without_room", lambda items, offsets: (items, offsets))
     before = watched
     with contextlib.ExitStack() as stack:
         stack.enter_context(backends.use_backend("triton"))

@@ -3,7 +3,8 @@
 Every one ends in a linear layer over the items, so that every kernel serves every recommender:
 
     hoisted = recommender.hoist(items, offsets, weights)    what does not depend on v, once per batch
-    code    = recommender(hoisted, v, noise)                u [B, H'], and mu, logvar where it has them
+    entered = hoisted + v^ Wv, Wv = recommender.input.feedback: the one way that v enters; `ops.feedback_step` gives it
+    code    = recommender(entered, noise)                   u [B, H'], and mu, logvar where it has them
     recommender.output                                      weight [M, H'] (a row per item), bias [M]
     recommender.loss(code, output, items, offsets, ...)     its own supervised loss [B]
 """

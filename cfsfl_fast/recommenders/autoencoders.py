@@ -33,9 +33,9 @@ class MultVAE(Recommender):
         self.hidden = linear(latent_dim, hidden_dim)
         self.output = OutputLayer(n_items, hidden_dim)
 
-    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+    def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The code of B users; arguments as `Recommender.forward` has them."""
-        mu, logvar = self.code(self.with_feedback(hoisted, v).tanh()).split(self.latent_dim, dim=1)
+        mu, logvar = self.code(entered.tanh()).split(self.latent_dim, dim=1)
         return Code(self.hidden(sampled(mu, logvar, noise)).tanh(), mu, logvar)
 
     def divergence(self, code: Code) -> Tensor:
@@ -64,7 +64,7 @@ class DAE(Recommender):
         self.hidden = linear(latent_dim, hidden_dim)
         self.output = OutputLayer(n_items, hidden_dim)
 
-    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+    def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The code of B users; arguments as `Recommender.forward` has them."""
-        code = self.code(self.with_feedback(hoisted, v).tanh()).tanh()
+        code = self.code(entered.tanh()).tanh()
         return Code(self.hidden(code).tanh())

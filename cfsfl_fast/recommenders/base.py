@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cfsfl_fast import ops
 from cfsfl_fast.recommenders.likelihoods import multinomial
@@ -75,18 +74,11 @@ class Recommender(nn.Module):
         """Wx^T x^ + b for CSR rows with the entries `weights` of x^: what does not depend on v. [B, H']"""
         return ops.row_bag(ops.Table(self.input.weight), items, offsets, weights) + self.input.bias
 
-    def with_feedback(self, hoisted: Tensor, v: Tensor | None) -> Tensor:
-        """hoisted + Wv^T v^, v^ = v / max(||v||, 1e-12); v None is v = 0. [B, H']"""
-        if v is None:
-            return hoisted
-        return torch.addmm(hoisted, F.normalize(v, dim=1, eps=1e-12), self.input.feedback)
-
-    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+    def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The code of B users.
 
         Args:
-            hoisted: of `hoist`. [B, H']
-            v: feedback [B, V]; None is v = 0.
+            entered: of `hoist`, with v^ Wv added where there is feedback (`ops.FeedbackStep.following`). [B, H']
             noise: eps [B, Z], where the recommender samples; None takes the mean.
         """
         raise NotImplementedError

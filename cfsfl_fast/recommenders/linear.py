@@ -21,9 +21,9 @@ class LinearVAE(Recommender):
         self.input = InputLayer(n_items, feedback_dim, 2 * latent_dim)
         self.output = OutputLayer(n_items, latent_dim)
 
-    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+    def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The code of B users; arguments as `Recommender.forward` has them."""
-        mu, logvar = self.with_feedback(hoisted, v).split(self.latent_dim, dim=1)
+        mu, logvar = entered.split(self.latent_dim, dim=1)
         return Code(sampled(mu, logvar, noise), mu, logvar)
 
     def divergence(self, code: Code) -> Tensor:
@@ -44,9 +44,9 @@ class MF(Recommender):
         self.input = InputLayer(n_items, feedback_dim, latent_dim)
         self.output = OutputLayer(n_items, latent_dim)
 
-    def forward(self, hoisted: Tensor, v: Tensor | None = None, noise: Tensor | None = None) -> Code:
+    def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The user factor of B users; arguments as `Recommender.forward` has them."""
-        return Code(self.with_feedback(hoisted, v))
+        return Code(entered)
 
 
 class WARP(MF):
