@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfsfl_fast.baselines import BASELINES
-from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.config import RECOMMENDER_NAMES, CFSFLConfig
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.experiments import Experiment, Row
 from cfsfl_fast.tables import Published
@@ -32,12 +32,31 @@ def _name(fields: Mapping[str, Any]) -> str:
     return next((name for name, found in RECOMMENDERS.items() if found == {"recommender": recommender}), recommender)
 
 
+LABELS = {
+    "slim": "SLIM",
+    "wmf": "WMF",
+    "ease": "EASE",
+    "edlae": "EDLAE",
+    "cdae": "CDAE",
+    "awae": "aWAE",
+    "recvae": "RecVAE",
+}
+"""Baselines, and recommenders that Table 3 has alone, by the names of the published table."""
+
+
 def table3(fields: Mapping[str, Any]) -> Experiment:
     """The recommender with the reward estimator and in the loop, beside baselines."""
     name, steps = _name(fields), loop(fields)
     on = f"{name}, trained on"
-    known = {"slim": "SLIM", "wmf": "WMF", "cdae": "CDAE", "awae": "aWAE", "ease": "EASE", "recvae": "RecVAE"}
-    rows = [Row(known.get(b, b), baseline=b, controls=(on,), published=known.get(b, "")) for b in BASELINES]
+    rows = [
+        Row(LABELS.get(baseline, baseline), baseline=baseline, controls=(on,), published=LABELS.get(baseline, ""))
+        for baseline in BASELINES
+    ]
+    rows += [
+        Row(LABELS[other], {"recommender": other, "steps": 0}, controls=(on,), published=LABELS[other])
+        for other in RECOMMENDER_NAMES
+        if other in LABELS
+    ]
     rows += [
         Row(name, {"steps": 0}, controls=(on,), published=name),
         Row(on, LEARN_ON),
