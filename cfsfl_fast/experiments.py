@@ -38,6 +38,7 @@ class Row:
         name: as the table shows it.
         changes: config fields that make it, on top of the experiment's.
         baseline: name in `baselines.BASELINES`, where it is one of these and not a config.
+        part: the system of the run that is shown, by its name in the run's report, where that is not the last.
         controls: rows that it is compared with, user by user.
         published: its name in the published table, where it has one there.
     """
@@ -45,6 +46,7 @@ class Row:
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     baseline: str = ""
+    part: str = ""
     controls: tuple[str, ...] = ()
     published: str = ""
 
@@ -155,7 +157,7 @@ class Laboratory:
 
     def results(self, row: Row, seeds: int) -> dict[int, Result]:
         """A row's finished cells by seed."""
-        found = {seed: _read(self.folder(row, seed)) for seed in self.seeds(seeds)}
+        found = {seed: _read(self.folder(row, seed), row.part) for seed in self.seeds(seeds)}
         return {seed: result for seed, result in found.items() if result is not None}
 
     def folder(self, row: Row, seed: int) -> Path:
@@ -177,10 +179,11 @@ class Laboratory:
         folder, start = self._folder(config), None
         if self._finished(folder, config):
             return
-        if config.has_joint_stage:
+        if config.has_joint_stage or config.judges_items:
             usual = CFSFLConfig.from_dict({**self.fields, "control": False}).to_dict()
             later = {name: value for name, value in usual.items() if name in LATER_FIELDS}
-            plain = CFSFLConfig.from_dict({**config.to_dict(), **later, "steps": 0, "joint": "auto"})
+            later |= {"steps": 0, "joint": "auto", "feedback": "embedding"}
+            plain = CFSFLConfig.from_dict({**config.to_dict(), **later})
             self._train(plain)
             start = self._folder(plain)
         with files.locked(folder):
@@ -254,12 +257,12 @@ def _write_result(folder: Path, result: dict[str, Any]) -> None:
     files.write_bytes(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
 
-def _read(folder: Path) -> Result | None:
+def _read(folder: Path, part: str = "") -> Result | None:
     if not (folder / RESULT).exists():
         return None
     found = checkpoint.read_json(folder / RESULT)
     with np.load(folder / USERS, allow_pickle=False) as arrays:
-        prefix = found["system"] + "/"
+        prefix = f"{part or found['system']}/"
         metrics = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
         users = arrays["users"]
     seconds: dict[str, list[float]] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfsfl_fast.baselines import BASELINES
-from cfsfl_fast.config import RECOMMENDER_NAMES, CFSFLConfig
+from cfsfl_fast.config import PRESETS, RECOMMENDER_NAMES, CFSFLConfig
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.experiments import Experiment, Row
 from cfsfl_fast.tables import Published
@@ -45,7 +45,7 @@ LABELS = {
 
 
 def table3(fields: Mapping[str, Any]) -> Experiment:
-    """The recommender with the reward estimator and in the loop, beside baselines."""
+    """The recommender with the reward estimator and in the loop, and the best preset, beside baselines."""
     name, steps = _name(fields), loop(fields)
     on = f"{name}, trained on"
     rows = [
@@ -62,6 +62,12 @@ def table3(fields: Mapping[str, Any]) -> Experiment:
         Row(on, LEARN_ON),
         Row(f"{name}+R", {"steps": 0, "joint": "always"}, controls=(on,), published=f"{name}+R"),
         Row(f"CF-SFL, T = {steps}", {}, controls=(on,), published="CF-SFL" if name == "VAE" else ""),
+    ]
+    best = {name: value for name, value in PRESETS["best"].items() if name != "control"}
+    base = f"{_name(best)} + memory"
+    rows += [
+        Row(f"{base}, preset best at T = 0", best, part=base, controls=(on,)),
+        Row("CF-SFL, preset best", best, controls=(f"{base}, preset best at T = 0",)),
     ]
     return Experiment("table3", "Table 3: CF-SFL and other systems", tuple(rows), (on,))
 

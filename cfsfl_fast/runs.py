@@ -180,7 +180,11 @@ class Run(Trainer):
     def _take_over(self, start: Path, theirs: dict[str, Any]) -> None:
         """Makes another run's stage 1 this run's, as if it had been trained here."""
         stage, first = STAGES[0], theirs["first_step"]
-        self.model.load_state_dict(checkpoint.read_tensors(start / "stages" / stage / checkpoint.MODEL)[0])
+        found = checkpoint.read_tensors(start / "stages" / stage / checkpoint.MODEL)[0]
+        # The rest of the model has its first weights in stage 1: the seed's, of whatever kind of virtual user this is.
+        parts = (name.partition(".") for name in found)
+        theta = {rest: found[f"{part}.{rest}"] for part, _, rest in parts if part == "recommender"}
+        self.model.recommender.load_state_dict(theta)
         self.begin(stage)
         self.keep(stage)
         lines = (start / METRICS).read_bytes().splitlines(keepends=True)

@@ -116,14 +116,17 @@ def to_csv(experiment: Experiment, shown: Sequence[Line], published: Mapping[str
         header += [name, f"{name} error over users", f"{name} error over seeds"]
     for control in experiment.controls:
         name = f"{JUDGED} minus {control}"
-        header += [name, f"{name} error over users", f"{name} error over seeds"]
+        header += ["control", name, f"{name} error over users", f"{name} error over seeds"]
     header += ["stage 1 epochs", "stage 1 seconds per epoch", "stage 3 epochs", "stage 3 seconds per epoch"]
     header += ["microseconds per user", *(f"published {name}" for name in METRICS), "published on"]
     rows.writerow(header)
     for line in shown:
         cells: list[Any] = [line.row.name, line.seeds]
-        for estimated in [*(line.metrics.get(name) for name in METRICS), *line.gains]:
-            cells += _blank_nan(estimated or (math.nan,) * 3)
+        for name in METRICS:
+            cells += _blank_nan(line.metrics.get(name) or (math.nan,) * 3)
+        for i, gain in enumerate(line.gains):
+            cells += [*line.row.controls[i : i + 1], *[""] * (len(line.row.controls) <= i)]
+            cells += _blank_nan(gain or (math.nan,) * 3)
         for stage in ("recommender", "joint"):
             cells += _blank_nan([line.epochs(stage), line.seconds(stage)])
         figures = published.get(line.row.published)
@@ -144,10 +147,14 @@ def to_markdown(
     header += ["s per epoch, stage 1", "stage 3", "µs per user"]
     with_published = any(line.row.published in published for line in shown)
     header += [f"published {' / '.join(METRICS)}, {where}"] if with_published else []
+    names = {line.row.name for line in shown}
     text = [f"## {experiment.title}", "", about, "", _cells(header), _cells(["---"] * len(header))]
     for line in shown:
         cells = [line.row.name, *(str(line.metrics.get(name, "-")) for name in METRICS)]
-        cells += ["" if gain is None else _signed(gain) for gain in line.gains]
+        for gain, control, column in zip(line.gains, line.row.controls, experiment.controls, strict=False):
+            other = f" (minus {control})" if column in names and column != control else ""
+            cells.append("" if gain is None else f"{_signed(gain)}{other}")
+        cells += [""] * (len(experiment.controls) - len(line.row.controls))
         cells += [_seconds(line.seconds(stage)) for stage in ("recommender", "joint")]
         cells += ["" if math.isnan(line.microseconds) else f"{line.microseconds:.0f}"]
         figures = published.get(line.row.published)

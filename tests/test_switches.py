@@ -198,6 +198,13 @@ def test_a_run_from_anothers_stage_1_is_the_run_it_would_have_been(toy: Dataset,
     assert all(np.array_equal(per_user[0][key], per_user[1][key]) for key in per_user[0])
 
 
+def test_another_kind_of_virtual_user_may_start_from_it_too(toy: Dataset, tmp_path: Path) -> None:
+    run(toy, tmp_path / "base", steps=0).train()
+    config = CFSFLConfig(**{**QUICK, "feedback": "scores"})
+    report = Run(toy, tmp_path / "started", config, start=tmp_path / "base", show_progress=False).train()
+    assert report == Run(toy, tmp_path / "whole", config, show_progress=False).train()
+
+
 def test_what_a_run_may_not_start_from(toy: Dataset, tmp_path: Path) -> None:
     base = tmp_path / "base"
     run(toy, base, steps=0, anneal_steps=50).train()
