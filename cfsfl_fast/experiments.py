@@ -216,11 +216,12 @@ class Laboratory:
             if self._finished(folder):
                 return
             folder.mkdir(parents=True, exist_ok=True)
-            fitted = baselines.BASELINES[name](self.data.train)
-            test = self.data.test
-            judged = evaluate(fitted.recommend, test.fold_in, test.targets, device=self.device)
+            kind, test = baselines.BASELINES[name], self.data.test
+            found = baselines.select(kind, self.data, {}, device=self.device, show_progress=self.show_progress)
+            recommend = found.fitted.recommend
+            judged = evaluate(recommend, test.fold_in, test.targets, device=self.device)
             write_per_user(folder / USERS, test, {name: judged})
-            self._write(folder, name, {}, fitted.recommend)
+            self._write(folder, name, {"choices": found.choices, "seconds": found.seconds}, recommend)
 
     def _write(self, folder: Path, system: str, known: dict[str, Any], recommend: Recommend) -> None:
         """result.json, and with it the cell is finished."""
