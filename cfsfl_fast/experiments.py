@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,22 @@ class Experiment:
     title: str
     rows: tuple[Row, ...]
     controls: tuple[str, ...] = ()
+
+    def without(self, texts: Sequence[str]) -> Experiment:
+        """The same, but for the rows with one of some texts in their name.
+
+        Raises:
+            ValueError: no row has such a text in its name, or none is left.
+        """
+        for text in texts:
+            if not any(text in row.name for row in self.rows):
+                raise ValueError(
+                    f"no row of {self.name} has {text!r} in its name: {', '.join(r.name for r in self.rows)}"
+                )
+        rows = tuple(row for row in self.rows if not any(text in row.name for text in texts))
+        if not rows:
+            raise ValueError(f"no row of {self.name} is left without {', '.join(texts)}")
+        return replace(self, rows=rows)
 
 
 @dataclass(frozen=True)

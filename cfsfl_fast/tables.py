@@ -100,7 +100,7 @@ def lines(experiment: Experiment, results: Mapping[str, Mapping[int, Result]]) -
         if mine:
             metrics = {name: estimate(np.stack([r.metrics[name] for r in mine.values()])) for name in METRICS}
         gains: list[Estimate | None] = [
-            paired(mine, results[row.controls[i]]) if i < len(row.controls) and row.controls[i] else None
+            paired(mine, results.get(row.controls[i], {})) if i < len(row.controls) else None
             for i in range(len(experiment.controls))
         ]
         found.append(Line(row, len(mine), metrics, gains, mine))

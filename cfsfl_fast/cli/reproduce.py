@@ -31,6 +31,7 @@ from cfsfl_fast.sweep import HEADER, sweep
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder; several tables may share it.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Seeds of every row: --seed and those after it.")
+@click.option("--skip", multiple=True, metavar="TEXT", help="Leave out rows with TEXT in their name; repeat for more.")
 @click.option("--quick", is_flag=True, help=f"A reduced schedule: {QUICK}; the options below win over it.")
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), default="default", help="Where the defaults come from.")
 @click.option("--time-again", is_flag=True, help="Measure the times of answers again, when the machine is quiet.")
@@ -45,6 +46,7 @@ def reproduce(
     data: Path,
     out: Path,
     seeds: int,
+    skip: tuple[str, ...],
     quick: bool,
     preset: str,
     time_again: bool,
@@ -63,7 +65,7 @@ def reproduce(
     torch.set_flush_denormal(True)
     dataset = open_dataset(data)
     laboratory = Laboratory(dataset, out, fields, device=torch_device(device), backend=backend)
-    experiment = EXPERIMENTS[what](fields)
+    experiment = EXPERIMENTS[what](fields).without(skip)
     about = _about(context, laboratory, given if not quick else {**QUICK, **given}, preset)
     laboratory.run(experiment, seeds, lambda: _write_table(laboratory, experiment, seeds, about))
     if time_again:
@@ -99,6 +101,8 @@ def _about(context: click.Context, laboratory: Laboratory, changed: Mapping[str,
         value = value.name if isinstance(value, Path) else value
         if isinstance(parameter, click.Argument):
             words.append(str(value))
+        elif isinstance(value, tuple):
+            words += [word for each in value for word in (parameter.opts[0], str(each))]
         elif isinstance(value, bool):
             words.append((parameter.opts if value else parameter.secondary_opts)[0])
         else:
