@@ -7,7 +7,7 @@ RESULTS ?= benches/results
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test chaos adapters bench asan kernel-report lint format clean
+.PHONY: demo test chaos adapters bench gpu asan kernel-report lint format clean
 
 # Threads wait without spinning: the machine may be busy.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -33,6 +33,10 @@ adapters:
 
 bench: $(DONE)
 	$(BIN)/python -m pytest benches --results $(RESULTS)
+
+# Without a virtual environment and a network: PYTHON has torch, triton, numpy, scipy, pybind11 and pytest.
+gpu:
+	$(PYTHON) benches/gpu.py --results $(RESULTS)
 
 $(DONE): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,41 +7,93 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Report, race
+from conftest import Report, captured, race
 from eager import EagerCFSFL
-from problems import SHAPES, B, T, batch, dense, model
+from problems import SHAPES, B, T, batch, dense, model, ones, variants
 
-from cfsfl_fast import backends
+from cfsfl_fast import CFSFL, backends
+from cfsfl_fast.interactions import Interactions
+
+
+class Problem:
+    """A model by hand and by the library, and a batch of histories."""
+
+    def __init__(self, shape: str, kind: str, n_users: int, device: torch.device) -> None:
+        self.made = model(SHAPES[shape], kind, device).eval()
+        self.eager = EagerCFSFL(self.made).to(device).eval()
+        self.x: Interactions = batch(SHAPES[shape], 0, n_users, device)[0].seen
+        self.flops = 2 * (T + 1) * n_users * SHAPES[shape] * self.made.config.hidden_dim
+
+    @torch.no_grad()
+    def by_hand(self, network: Callable[..., Any] | None = None) -> torch.Tensor:
+        """The baseline's scores."""
+        return (network or self.eager)(dense(self.x, ones(self.x)), dense(self.x, self.x.unit_weights()))[0]
+
+    @torch.no_grad()
+    def ours(self, made: CFSFL, backend: str = "auto") -> torch.Tensor:
+        """The library's."""
+        with backends.use_backend(backend):
+            return made(self.x)
+
+    def repeats(self) -> list[float]:
+        """Share of users whose list is the one before, per step."""
+        with torch.no_grad():
+            trace = self.made.unroll(self.x)
+        shares = (trace.ids[1:] == trace.ids[:-1]).all(2).double().mean(1)
+        return [round(float(share), 3) for share in shares]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, atol: float) -> float:
+    """Share of users whose scores agree. A near-tie at the end of a list may fall the other way in another order of
+    summation; then that user drifts.
+    """
+    return float(torch.isclose(found, expected, atol=atol).all(1).double().mean())
 
 
 @pytest.mark.parametrize("kind", ["trained", "drifting"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inference(shape: str, kind: str, implementations: list[str], report: Report) -> None:
-    made = model(SHAPES[shape], kind).eval()
-    eager = EagerCFSFL(made).eval()
-    x = batch(SHAPES[shape])[0].seen
-
-    @torch.no_grad()
-    def by_hand(network: Callable[..., Any] = eager) -> torch.Tensor:
-        return network(dense(x, torch.ones(len(x.items))), dense(x, x.unit_weights()))[0]
-
-    @torch.no_grad()
-    def ours(backend: str) -> torch.Tensor:
-        with backends.use_backend(backend):
-            return made(x)
-
-    expected = by_hand()
+def test_inference(
+    shape: str, kind: str, implementations: list[str], compiles: bool, report: Report, device: torch.device
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("of the CPU; test_inference_on_a_gpu is the other")
+    p = Problem(shape, kind, B, device)
+    expected = p.by_hand()
     for backend in implementations:
-        # A near-tie at the end of a list may fall the other way in another order of summation; then that user drifts.
-        close = torch.isclose(ours(backend), expected, atol=1e-4).all(1)
-        assert float(close.double().mean()) > (0.99 if kind == "trained" else 0.9), backend
-    with torch.no_grad():
-        trace = made.unroll(x)
-    repeats = (trace.ids[1:] == trace.ids[:-1]).all(2).double().mean(1)
-    rivals = {"eager": by_hand, **{b: lambda b=b: ours(b) for b in implementations}}
-    if (shape, kind) == ("ml-20m", "trained"):  # a minute to compile: once is enough
-        compiled = torch.compile(eager)
-        rivals["torch.compile"] = lambda: by_hand(compiled)
+        assert close(p.ours(p.made, backend), expected, 1e-4) > (0.99 if kind == "trained" else 0.9), backend
+    rivals = {"eager": p.by_hand, **{b: lambda b=b: p.ours(p.made, b) for b in implementations}}
+    if compiles and (shape, kind) == ("ml-20m", "trained"):  # a minute to compile: once is enough
+        compiled = torch.compile(p.eager)
+        rivals["torch.compile"] = lambda: p.by_hand(compiled)
     times = race(rivals)
-    repeated = [round(float(r), 3) for r in repeats]
-    report(f"inference, {kind}, M={SHAPES[shape]} B={B} T={T}", times, "eager", lists_repeated=repeated)
+    report(f"inference, {kind}, M={SHAPES[shape]} B={B} T={T}", times, "eager", lists_repeated=p.repeats())
+
+
+def on_gpu(p: Problem, rivals: dict[str, Callable[[], Any]], report: Report, case: str, n_users: int) -> None:
+    """Checks, then times the rivals and every variant of the library's model."""
+    expected, made = p.by_hand(), variants(p.made)
+    for name, atol, least in (("fp32", 1e-3, 0.97), ("tf32", 0.05, 0.8), ("bf16", 0.5, 0.8)):
+        share = close(p.ours(made[name]), expected, atol)
+        assert share > least, f"{name}: {share} of the users within {atol}"
+    rivals |= {name: lambda m=m: p.ours(m) for name, m in made.items()}
+    times = race(rivals)
+    assert made["bf16"].graphs.replays > 0
+    report(case, times, "eager", flops=p.flops, users=n_users, lists_repeated=p.repeats())
+
+
+@pytest.mark.parametrize("n_users", [500, 4096])
+def test_inference_on_a_gpu(n_users: int, report: Report, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    p = Problem("ml-20m", "trained", n_users, device)
+    rivals: dict[str, Callable[[], Any]] = {"eager": p.by_hand, "eager, one graph": captured(p.by_hand)}
+    on_gpu(p, rivals, report, f"inference, trained, M={SHAPES['ml-20m']} B={n_users} T={T}", n_users)
+
+
+def test_inference_compiled_on_a_gpu(compiles: bool, report: Report, device: torch.device) -> None:
+    if device.type != "cuda" or not compiles:
+        pytest.skip("needs a CUDA device and --compile")
+    p = Problem("ml-20m", "trained", B, device)
+    network = torch.compile(p.eager, mode="max-autotune")
+    rivals: dict[str, Callable[[], Any]] = {"eager": p.by_hand, "max-autotune": lambda: p.by_hand(network)}
+    on_gpu(p, rivals, report, f"inference beside torch.compile, M={SHAPES['ml-20m']} B={B} T={T}", B)

@@ -14,29 +14,57 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from conftest import ROOT, Report, race
+from conftest import ROOT, Report, captured, race
 from eager import EagerCFSFL
-from problems import CONFIG, SHAPES, B, T, batch, dense, model
+from problems import CONFIG, SHAPES, B, T, batch, dense, model, ones, variants
 
 from cfsfl_fast import CFSFL, backends, ops
 from cfsfl_fast.datasets import open_dataset
-from cfsfl_fast.interactions import as_interactions
+from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.training import Noise, Optimisers, recommender_step, update, view
 
 N = 100
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_loop_to_a_list(shape: str, implementations: list[str], report: Report) -> None:
-    made = model(SHAPES[shape], "trained").eval()
-    eager = EagerCFSFL(made).eval()
-    x = batch(SHAPES[shape])[0].seen
+def baseline(made: CFSFL, x: Interactions) -> Callable[[], torch.Tensor]:
+    """The N best items by hand."""
+    eager = EagerCFSFL(made).to(made.device).eval()
+    lowest = torch.full((len(x.items),), float("-inf"), device=made.device)
 
     @torch.no_grad()
     def by_hand() -> torch.Tensor:
-        scores = eager(dense(x, torch.ones(len(x.items))), dense(x, x.unit_weights()))[0]
-        scores[x.rows, x.items] = float("-inf")
-        return scores.topk(N, dim=1).indices
+        scores = eager(dense(x, ones(x)), dense(x, x.unit_weights()))[0]
+        return scores.index_put_((x.rows, x.items), lowest).topk(N, dim=1).indices
+
+    return by_hand
+
+
+@pytest.mark.parametrize("n_users", [500, 4096])
+def test_the_loop_to_a_list_on_a_gpu(n_users: int, report: Report, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    n_items = SHAPES["ml-20m"]
+    made = model(n_items, "trained", device).eval()
+    x = batch(n_items, 0, n_users, device)[0].seen
+    by_hand = baseline(made, x)
+    rivals: dict[str, Callable[[], Any]] = {"eager": by_hand, "eager, one graph": captured(by_hand)}
+    expected = by_hand()
+    for name, variant in variants(made).items():
+        found = variant.recommend(x, N, batch_size=n_users)[0]
+        shared = (found[:, :, None] == expected[:, None, :]).any(2).double().mean()
+        assert float(shared) > (0.99 if name == "fp32" else 0.9), f"{name}: {shared} of the items"
+        rivals[name] = lambda m=variant: m.recommend(x, N, batch_size=n_users)
+    flops = 2 * (T + 1) * n_users * n_items * made.config.hidden_dim
+    report(f"recommend {N}, trained, M={n_items} B={n_users} T={T}", race(rivals), "eager", flops=flops, users=n_users)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_loop_to_a_list(shape: str, implementations: list[str], report: Report, device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("of the CPU; test_the_loop_to_a_list_on_a_gpu is the other")
+    made = model(SHAPES[shape], "trained").eval()
+    x = batch(SHAPES[shape])[0].seen
+    by_hand = baseline(made, x)
 
     def ours(backend: str) -> torch.Tensor:
         with backends.use_backend(backend):
@@ -50,8 +78,10 @@ def test_the_loop_to_a_list(shape: str, implementations: list[str], report: Repo
 
 
 @pytest.mark.parametrize("name", ["ml-1m", "gowalla"])
-def test_all_users_against_exact_searches(name: str, report: Report) -> None:
+def test_all_users_against_exact_searches(name: str, report: Report, device: torch.device) -> None:
     """The 100 best of given vectors for every training user, seen items left out."""
+    if device.type != "cpu":
+        pytest.skip("of the CPU")
     folder = Path(os.environ.get("CFSFL_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / f"{name}.npz").exists():
         pytest.skip(f"{name}.npz is not here; CFSFL_DATA names the folder that has it")
@@ -127,7 +157,7 @@ PROGRAM = """
 import sys, torch
 from cfsfl_fast import CFSFL
 from cfsfl_fast.datasets import synthetic
-from cfsfl_fast.interactions import as_interactions
+from cfsfl_fast.interactions import Interactions, as_interactions
 M = int(sys.argv[1])
 x = as_interactions(synthetic(500, M, events_per_user=80.0, seed=0), M)
 torch.manual_seed(0)
@@ -146,8 +176,10 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
-def test_memory_does_not_grow_with_the_catalogue(report: Report) -> None:
+def test_memory_does_not_grow_with_the_catalogue(report: Report, device: torch.device) -> None:
     """Peak resident memory of a T = 8 recommend beyond what the process held before it."""
+    if device.type != "cpu":
+        pytest.skip("of the CPU")
     used = {}
     for n_items in (20108, 41140, 82280):
         done = subprocess.run(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Report, race
+from conftest import Report, captured, race
 from eager import EagerCFSFL, joint_loss
-from problems import CONFIG, SHAPES, B, T, batch, dense, model
+from problems import CONFIG, SHAPES, B, T, batch, dense, histories, model, ones, variants
 
 from cfsfl_fast import backends
 from cfsfl_fast.datasets import open_dataset
+from cfsfl_fast.graphs import capacity
 from cfsfl_fast.interactions import as_interactions
-from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step, update, view
+from cfsfl_fast.training import Noise, Optimisers, Updates, joint_step, recommender_step, update, view
 
 
 class Twins:
@@ -24,10 +27,11 @@ class Twins:
 
     def __init__(self, made, data, eps, stage: str, implementations: list[str]) -> None:
         self.data, self.eps, self.stage = data, eps, stage
-        self.eager = EagerCFSFL(made)
+        self.eager = EagerCFSFL(made).to(made.device)
         self.eager.steps = T if stage == "joint" else 0
         self.compiled = torch.compile(joint_loss)
-        self.adam = torch.optim.Adam(self.eager.parameters(), lr=1e-5)
+        on_cuda = made.device.type == "cuda"
+        self.adam = torch.optim.Adam(self.eager.parameters(), lr=1e-5, fused=on_cuda, capturable=on_cuda)
         self.models = {backend: copy.deepcopy(made).train() for backend in implementations}
         self.optimisers = {backend: Optimisers(m, stage) for backend, m in self.models.items()}
 
@@ -35,7 +39,7 @@ class Twins:
         """One update of the baseline; its loss."""
         x = self.data.seen
         weight = CONFIG.reward_weight if self.stage == "joint" else 0.0
-        rows, shown = dense(x, torch.ones(len(x.items))), dense(self.data.encoded, self.data.weights)
+        rows, shown = dense(x, ones(x)), dense(self.data.encoded, self.data.weights)
         loss = loss_of(self.eager, rows, shown, self.eps(0), float(CONFIG.kl_cap), weight)
         self.adam.zero_grad()
         loss.backward()
@@ -55,21 +59,60 @@ class Twins:
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_update(shape: str, stage: str, implementations: list[str], report: Report) -> None:
+def test_update(
+    shape: str, stage: str, implementations: list[str], compiles: bool, report: Report, device: torch.device
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("of the CPU; test_update_on_a_gpu is the other")
     twins = Twins(model(SHAPES[shape], "trained"), *batch(SHAPES[shape]), stage, implementations)
     expected = twins.by_hand()
     for backend in implementations:
         assert float(twins.ours(backend)) == pytest.approx(float(expected), rel=1e-4), backend
     rivals = {"eager": twins.by_hand, **{b: lambda b=b: twins.ours(b) for b in implementations}}
-    if (shape, stage) == ("ml-20m", "joint"):  # minutes to compile: once is enough
+    if compiles and (shape, stage) == ("ml-20m", "joint"):  # minutes to compile: once is enough
         rivals["torch.compile"] = lambda: twins.by_hand(twins.compiled)
     times = race(rivals)
     report(f"update of stage {1 if stage == 'recommender' else 3}, M={SHAPES[shape]} B={B} T={T}", times, "eager")
 
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])
-def test_epoch_on_ml_1m(stage: str, implementations: list[str], report: Report) -> None:
+@pytest.mark.parametrize("n_users", [500, 4096])
+def test_update_on_a_gpu(n_users: int, stage: str, report: Report, device: torch.device) -> None:
+    """The library's update takes user numbers: it assembles its batch, and stage 3's also moves the reward estimator,
+    which the baseline leaves alone.
+    """
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    n_items = SHAPES["ml-20m"]
+    made = model(n_items, "trained", device)
+    made.config = dataclasses.replace(made.config, batch_size=n_users)
+    twins = Twins(made, *batch(n_items, 0, n_users, device), stage, [])
+    x = histories(n_items).to(device)
+    users = (torch.arange(n_users) % len(x)).to(device)
+    rivals: dict[str, Callable[[], Any]] = {}
+    losses = {}
+    for name, variant in variants(made).items():
+        updates = Updates(variant.train(), x, Optimisers(variant, stage), stage)
+        updates.begin(1, (0,), capacity(int(x.host_counts[users.cpu()].sum())) if updates.fixed else None)
+        updates(users, users)
+        losses[name] = float(updates.last[0])
+        rivals[name] = lambda updates=updates: updates(users, users)
+    # The baseline's KL weight is at its cap, and dropout has another key: the same loss up to these.
+    first = float(twins.by_hand())
+    for name, loss in losses.items():
+        assert loss == pytest.approx(first, rel=0.1), name
+    times = race({"eager": twins.by_hand, "eager, one graph": captured(twins.by_hand), **rivals})
+    passes = (T + 1 if stage == "joint" else 1) + 2  # the dense backward is two products
+    flops = 2 * passes * n_users * n_items * made.config.hidden_dim
+    case = f"update of stage {1 if stage == 'recommender' else 3}, M={n_items} B={n_users} T={T}"
+    report(case, times, "eager", flops=flops, users=n_users)
+
+
+@pytest.mark.parametrize("stage", ["recommender", "joint"])
+def test_epoch_on_ml_1m(stage: str, implementations: list[str], report: Report, device: torch.device) -> None:
     """A whole epoch of real users, B = 500."""
+    if device.type != "cpu":
+        pytest.skip("of the CPU")
     folder = Path(os.environ.get("CFSFL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (folder / "ml-1m.npz").exists():
         pytest.skip("ml-1m.npz is not here; CFSFL_DATA names the folder that has it")

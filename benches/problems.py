@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
 
 from cfsfl_fast import CFSFL, CFSFLConfig
 from cfsfl_fast.datasets import synthetic
+from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.training import Noise, Optimisers, View, joint_step, recommender_step, update, view
 
@@ -28,21 +30,22 @@ def histories(n_items: int) -> Interactions:
     return as_interactions(synthetic(8 * B, n_items, events_per_user=80.0, seed=0), n_items)
 
 
-def batch(n_items: int, number: int = 0) -> tuple[View, Noise]:
-    """B of the users, with the dropout and noise of an update."""
-    users = torch.arange(number * B, (number + 1) * B) % len(histories(n_items))
-    return view(histories(n_items).take(users), users, CONFIG, number), Noise(users, 200, False, (number,))
+def batch(n_items: int, number: int = 0, n_users: int = B, device: torch.device | str = "cpu") -> tuple[View, Noise]:
+    """Some of the users, with the dropout and noise of an update."""
+    users = torch.arange(number * n_users, (number + 1) * n_users) % len(histories(n_items))
+    rows, users = histories(n_items).take(users).to(device), users.to(device)
+    return view(rows, users, CONFIG, number), Noise(users, 200, False, (number,))
 
 
 @functools.cache
-def model(n_items: int, kind: str) -> CFSFL:
+def model(n_items: int, kind: str, device: torch.device | str = "cpu") -> CFSFL:
     """A model whose loop settles ("trained": a few epochs of Algorithm 1) or does not ("drifting": random feedback)."""
     torch.manual_seed(0)
-    made = CFSFL.from_config(n_items, CONFIG)
+    made = CFSFL.from_config(n_items, CONFIG).to(device)
     optimisers = Optimisers(made, "recommender")
     assert optimisers.main is not None
     for number in range(40):
-        data, eps = batch(n_items, number)
+        data, eps = batch(n_items, number, device=device)
         update(optimisers.main, recommender_step(made, data, eps, number))
     if kind == "drifting":
         torch.nn.init.normal_(made.recommender.input.feedback, std=0.5)
@@ -51,13 +54,31 @@ def model(n_items: int, kind: str) -> CFSFL:
     optimisers = Optimisers(made, "joint")
     assert optimisers.main is not None
     for number in range(12):
-        data, eps = batch(n_items, number)
+        data, eps = batch(n_items, number, device=device)
         update(optimisers.main, joint_step(made, data, eps, number)[0])
     return made
 
 
+def ones(x: Interactions) -> torch.Tensor:
+    """The entries of binary histories. [E]"""
+    return torch.ones(len(x.items), device=x.items.device)
+
+
+def variants(made: CFSFL) -> dict[str, CFSFL]:
+    """Copies of a model for a CUDA device, by what they run with."""
+    found = {}
+    for name, precision, graphs in (
+        ("fp32", "fp32", "auto"),
+        ("tf32", "tf32", "auto"),
+        ("bf16", "bf16", "auto"),
+        ("bf16, no graph", "bf16", False),
+    ):
+        found[name] = copy.deepcopy(made)
+        found[name].precision, found[name].graphs = precision, Graphs(graphs)
+    return found
+
+
 def dense(x: Interactions, values: torch.Tensor) -> torch.Tensor:
     """Histories as the eager baseline takes them. [B, M]"""
-    rows = torch.zeros(len(x), x.n_items)
-    rows[x.rows, x.items] = values
-    return rows
+    rows = torch.zeros(len(x), x.n_items, device=values.device)
+    return rows.index_put_((x.rows, x.items), values)

@@ -362,12 +362,13 @@ class Updates:
             users: numbers of the batch's users, of all processes; -1 is nobody. [B] int64
             others: of the batch that the reward estimator alone learns from, where the config wants one.
         """
-        self.graphs.run(
-            self._update,
-            *([users] if self._shares_batch else [users, others]),
-            key=(self.capacity, self.model.config, self.model.precision, backends.resolve(users.device)),
-            reads=[*self.model.parameters(), *self.model.buffers(), self.histories.items, self.keys],
-        )
+        with self.model.running():
+            self.graphs.run(
+                self._update,
+                *([users] if self._shares_batch else [users, others]),
+                key=(self.capacity, self.model.config, self.model.precision, backends.resolve(users.device)),
+                reads=[*self.model.parameters(), *self.model.buffers(), self.histories.items, self.keys],
+            )
 
     @property
     def _shares_batch(self) -> bool:
@@ -453,10 +454,9 @@ def run_epoch(
     updates.begin(step, keys, room)
     which = 0 if optimisers.main is not None else 1
     batches = zip(*(users.split(B) for users in orders), strict=True)
-    with model.running():
-        for number, (users, others) in enumerate(batches):
-            updates(users, others)
-            tick(min(B, len(order) - number * B), lambda: float(updates.last[which]) * group.size)
+    for number, (users, others) in enumerate(batches):
+        updates(users, others)
+        tick(min(B, len(order) - number * B), lambda: float(updates.last[which]) * group.size)
     n_updates = -(-len(order) // B) if optimisers.main is not None else 0
     (sums,) = group.sums([updates.sums.clone()])
     return EpochSums(*sums.cpu()), step + n_updates
