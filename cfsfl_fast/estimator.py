@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from cfsfl_fast import backends, ops
+from cfsfl_fast import ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.holdout import held_out, hide, set_aside
@@ -24,9 +24,9 @@ from cfsfl_fast.model import CFSFL
 from cfsfl_fast.stages import Epoch, OnEpoch, Trainer, fresh_model
 from cfsfl_fast.training import Optimisers
 
-_OWN = {"random_state": None, "device": "auto", "backend": "auto"}
+_RUN_TIME = {"backend": "auto", "precision": "fp32", "deterministic": False, "graphs": "auto"}
 _CHOICES = {f.name: f.default for f in dataclasses.fields(CFSFLConfig) if f.name not in ("seed", "control")}
-_DEFAULTS: dict[str, Any] = {**_CHOICES, **_OWN}
+_DEFAULTS: dict[str, Any] = {**_CHOICES, "random_state": None, "device": "auto", **_RUN_TIME}
 
 
 class Explanation(NamedTuple):
@@ -54,8 +54,8 @@ class CFSFLRecommender:
         random_state: seed of weights, batches, dropout and noise: an int, a NumPy `RandomState` or `Generator` to draw
             it from, or None for another one at every `fit` (then `model_.config.seed` tells it).
         device: "auto", "cpu", "cuda" or "cuda:N".
-        backend: "auto", "triton", "cpp", "torch" or "reference".
-        **choices: the fields of `CFSFLConfig`, as `steps`, `top_k`, `epochs`, with its defaults.
+        **choices: the fields of `CFSFLConfig`, as `steps`, `top_k`, `epochs`, with its defaults; and what `CFSFL` takes
+            for running: backend, precision, deterministic, graphs.
 
     Attributes:
         model_: the trained `CFSFL`.
@@ -71,21 +71,21 @@ class CFSFLRecommender:
 
     random_state: Any
     device: str
-    backend: str
     model_: CFSFL
     history_: list[Epoch]
 
-    def __init__(
-        self, *, random_state: Any = None, device: str = "auto", backend: str = "auto", **choices: Any
-    ) -> None:
-        self.set_params(**{**_CHOICES, **choices}, random_state=random_state, device=device, backend=backend)
+    def __init__(self, *, random_state: Any = None, device: str = "auto", **choices: Any) -> None:
+        self.set_params(**{**_DEFAULTS, **choices, "random_state": random_state, "device": device})
         self._learning: Optimisers | None = None
 
     @classmethod
-    def from_config(cls, config: CFSFLConfig, *, device: str = "auto", backend: str = "auto") -> CFSFLRecommender:
-        """An estimator with every choice of a config, as `CFSFLConfig.preset("paper")`; its seed is `random_state`."""
+    def from_config(cls, config: CFSFLConfig, *, device: str = "auto", **run_time: Any) -> CFSFLRecommender:
+        """An estimator with every choice of a config, as `CFSFLConfig.preset("paper")`; its seed is `random_state`.
+
+        run_time: backend, precision, deterministic and graphs.
+        """
         choices = {name: getattr(config, name) for name in _CHOICES}
-        return cls(random_state=config.seed, device=device, backend=backend, **choices)
+        return cls(random_state=config.seed, device=device, **choices, **run_time)
 
     def __repr__(self) -> str:
         changed = [f"{n}={v!r}" for n, v in self.get_params().items() if v is not _DEFAULTS[n] and v != _DEFAULTS[n]]
@@ -153,7 +153,8 @@ class CFSFLRecommender:
             raise ValueError(f"user_items [{len(rows)}, {rows.n_items}] holds no interaction to learn from")
         choices = {name: getattr(self, name) for name in _CHOICES}
         config = CFSFLConfig(**choices, seed=seed, control=False).resolved(len(rows))
-        model = fresh_model(rows.n_items, config, device=_device(self.device), backend=self.backend)
+        run_time = {name: getattr(self, name) for name in _RUN_TIME}
+        model = fresh_model(rows.n_items, config, device=_device(self.device), **run_time)
         history: list[Epoch] = []
         trainer = Trainer(
             model,
@@ -282,7 +283,7 @@ class CFSFLRecommender:
         if row is not None:
             lists = row.repeat(len(asked)), torch.arange(len(asked) + 1) * len(row)
             left_out = lists[0].to(model.device), lists[1].to(model.device)
-        with torch.no_grad(), backends.use_backend(model.backend):
+        with torch.no_grad(), model.running():
             rows = F.normalize(model.recommender.output.weight.float(), dim=1)
             table = rows if listed is None else rows[listed]
             output = ops.Table(table, table.new_zeros(len(table)))
@@ -388,17 +389,18 @@ class CFSFLRecommender:
         self._fitted().save_pretrained(os.fspath(folder))
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, device: str = "auto", backend: str = "auto") -> CFSFLRecommender:
+    def load(cls, folder: str | os.PathLike[str], *, device: str = "auto", **run_time: Any) -> CFSFLRecommender:
         """The estimator of a folder that `save`, `CFSFL.save_pretrained` or `cfsfl train` wrote.
 
-        Its parameters are those that the model was trained with, every "auto" replaced by what it came to.
+        Its parameters are those that the model was trained with, every "auto" replaced by what it came to; run_time
+        (backend, precision, deterministic, graphs) a folder does not hold.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
             ValueError: a file is truncated, altered or of a newer format; the message names it.
         """
-        model = CFSFL.from_pretrained(Path(folder), _device(device), backend=backend)
-        estimator = cls.from_config(model.config, device=device, backend=backend)
+        model = CFSFL.from_pretrained(Path(folder), _device(device), **run_time)
+        estimator = cls.from_config(model.config, device=device, **run_time)
         estimator.model_, estimator.history_ = model, []
         return estimator
 
@@ -459,8 +461,11 @@ def _width(user_items: Any) -> int:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from None
 
 
 def _seed(random_state: Any) -> int:

@@ -381,6 +381,8 @@ class Table:
         (lambda e: e.trace(X, -1), ValueError, "at least 0; got -1"),
         (lambda e: e.evaluate(X, X[:3]), ValueError, r"\[160, 40\] and \[3, 40\]"),
         (lambda e: CFSFLRecommender().recommend(0, X[0]), ValueError, "not fitted yet"),
+        (lambda e: CFSFLRecommender(device="tpus").fit(X), ValueError, "device must be .* got 'tpus'"),
+        (lambda e: CFSFLRecommender(backend="numpy").fit(X), ValueError, "backend must be .* got 'numpy'"),
         (lambda e: CFSFLRecommender(random_state="x").fit(X), ValueError, "random_state must be .* got 'x'"),
     ],
 )

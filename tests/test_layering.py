@@ -29,7 +29,7 @@ ALLOWED = {
     | {"progress", "training"},
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
     | {"noise", "ops", "recommenders", "virtual_user"},
-    "estimator": {"backends", "ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
+    "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions", "progress"},

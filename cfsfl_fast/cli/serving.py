@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cfsfl_fast.cli.options import backend_option, device_option, torch_device
+from cfsfl_fast.cli.options import device_option, run_time_options, torch_device
 from cfsfl_fast.export import save_exported
 from cfsfl_fast.model import CFSFL
 
@@ -35,7 +36,7 @@ def export_command(run: Path, out: Path, n: int, steps: int | None, include_seen
 @click.option("--batch", default=64, help="Users that the model answers at once.")
 @click.option("--max-waiting", default=1024, help="Requests that may wait; more are turned away with 503.")
 @device_option
-@backend_option
+@run_time_options
 def serve(
     run: Path,
     host: str,
@@ -46,7 +47,7 @@ def serve(
     batch: int,
     max_waiting: int,
     device: str,
-    backend: str,
+    run_time: dict[str, Any],
 ) -> None:
     """Serve a trained model over HTTP: POST /recommend {"items": [...], "n": 10}; GET /health and /metrics."""
     import uvicorn
@@ -54,5 +55,5 @@ def serve(
     from cfsfl_fast.serving import Limits, Server  # needs the extra
 
     limits = Limits(n=max_n, items=max_items, body=max_body, batch=batch, waiting=max_waiting)
-    model = CFSFL.from_pretrained(run, torch_device(device), backend=backend)
+    model = CFSFL.from_pretrained(run, torch_device(device), **run_time)
     uvicorn.run(Server(model, limits).app(), host=host, port=port, log_level="info", access_log=False)
