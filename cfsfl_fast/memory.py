@@ -38,8 +38,8 @@ _LEAST = 1e-4  # what a logarithm sees of less
 class ItemMemory(nn.Module):
     """P [M, M] and the items' users, as buffers that no state_dict holds: a memory is not trained, and can be large.
 
-    What a state_dict does hold is how `judging` mixes and scales: `weight` (beta), `recommender_weight` (alpha), and
-    the mean and standard deviation of each column of the evidence.
+    What a state_dict does hold is how `judging` mixes and scales: `weight` (beta, 0 while the recommender learns),
+    `recommender_weight` (alpha), and the mean and standard deviation of each column of the evidence.
 
     Args:
         n_items: M.
@@ -56,7 +56,7 @@ class ItemMemory(nn.Module):
     def __init__(self, n_items: int) -> None:
         super().__init__()
         self.n_items = n_items
-        self.register_buffer("weight", torch.tensor(40.0))
+        self.register_buffer("weight", torch.tensor(0.0))
         self.register_buffer("recommender_weight", torch.tensor(0.3))
         self.register_buffer("centre", torch.zeros(N_EVIDENCE))
         self.register_buffer("spread", torch.ones(N_EVIDENCE))

@@ -27,6 +27,9 @@ from cfsfl_fast.virtual_user import weights
 DROPOUT, LATENT, SHOWN = 1, 2, 3
 """Streams of random numbers."""
 
+UNCHOSEN_WEIGHT = 40.0
+"""Of the item memory beside the recommender, where no validation users choose it."""
+
 SHARE_SHOWN = 0.8
 """Of a history, when an item reward learns: as much as held-out users show of theirs."""
 
@@ -207,6 +210,7 @@ def prepare_item_reward(model: CFSFL, histories: Interactions) -> None:
     assert memory is not None
     if memory.is_empty:
         memory.fit(histories, config.memory_ridge)
+    memory.weight.fill_(UNCHOSEN_WEIGHT)
     chosen = noise.uniform(SHOWN, config.seed, torch.arange(len(histories))).argsort()[:1000]
     total = memory.centre.new_zeros(3, len(memory.centre), dtype=torch.float64)
     for users in chosen.split(100):

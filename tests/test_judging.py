@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cfsfl_fast import CFSFL, CFSFLConfig, CFSFLRecommender, checkpoint, judging
 from cfsfl_fast.datasets import Dataset
+from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.export import exported
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.runs import Run
@@ -195,6 +196,9 @@ def test_a_run_learns_resumes_and_reports(toy: Dataset, tmp_path: Path) -> None:
     report = whole.train()
     assert list(report["test"]) == ["most popular", "VAE", "VAE + memory", "CF-SFL, scores"]
     assert report["gain"]["over"] == "VAE + memory"
+    plain = CFSFL.from_pretrained(tmp_path / "whole" / "stages" / "recommender")  # a folder without a memory
+    alone = evaluate(plain.recommend, toy.test.fold_in, toy.test.targets).summary()
+    assert report["test"]["VAE"] == {name: list(found) for name, found in alone.items()}
     assert report["test"]["CF-SFL, scores"]["NDCG@100"][0] > 2 * report["test"]["most popular"]["NDCG@100"][0]
     lines = [line for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines() if '"reward"' in line]
     assert len(lines) == 7
