@@ -14,6 +14,7 @@ import torch
 from problems import SHAPES, B, batch, histories, model
 from torch.profiler import ProfilerActivity, profile
 
+from cfsfl_fast import backends
 from cfsfl_fast.graphs import capacity
 from cfsfl_fast.training import Optimisers, Updates
 
@@ -50,7 +51,9 @@ def main() -> None:
     text = ""
     runs = {"recommend": lambda: made.recommend(seen, 100), "update of stage 3": lambda: updates(users, users)}
     for what, run in runs.items():
-        text += f"{REPEATS} x {what}, M={n_items} B={B}\n{timeline(run, on_cuda)}\n"
+        with backends.flushed_denormals():
+            shown = timeline(run, on_cuda)
+        text += f"{REPEATS} x {what}, M={n_items} B={B}\n{shown}\n"
     print(text)
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)

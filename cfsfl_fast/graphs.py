@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -72,7 +73,8 @@ class _Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.aside: Any = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool: Any = None
+        self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self.replayed: Any = torch.cuda.Event()
         self.replayed_on: Any = None
 
@@ -100,6 +102,8 @@ class _Device:
             RuntimeError: the function does what cannot be captured.
         """
         stream = torch.cuda.current_stream()
+        if not self.graphs:  # the allocator takes no pool back whose graphs are all gone
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
@@ -107,6 +111,7 @@ class _Device:
         except RuntimeError:
             torch.cuda.set_stream(stream)  # where ending the capture fails too, torch leaves its own stream current
             raise
+        self.graphs.add(graph)
         return graph, outputs
 
     def replay(self, graph: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> None:
     """torch.empty gives NaN, so that a result nobody wrote is seen."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU then
     torch.use_deterministic_algorithms(True)
 
 

@@ -182,6 +182,21 @@ def test_a_device_goes_on_after_a_failed_capture(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_come_again_after_all_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, x = Graphs(), torch.arange(4.0, device="cuda")
+    for _ in range(3):
+        for _ in range(graphs.WARM_UP + 2):
+            assert torch.equal(mode.run(lambda x: (x + 1,), x, key="f")[0], x + 1)
+        mode.clear()
+    monkeypatch.setattr(graphs, "LIMIT", 1)
+    for key in range(6):
+        for _ in range(graphs.WARM_UP + 1):
+            assert torch.equal(mode.run(lambda x, key=key: (x + key,), x, key=key)[0], x + key)
+    assert mode.replays == 3 * 2 + 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_follow_one_another_on_any_streams() -> None:
     mode = Graphs()
     streams = [torch.cuda.Stream() for _ in range(3)]
