@@ -131,7 +131,9 @@ def _figure3(laboratory: Laboratory, experiment: Experiment, seeds: int) -> None
 
 def _figure4(laboratory: Laboratory, experiment: Experiment, seeds: int, time_again: bool) -> None:
     """Sweeps the models with the most steps over T; beside them, those that were trained with each T."""
-    control, *looped = experiment.rows
+    looped = [row for row in experiment.rows if row.changes["steps"]]
+    if not looped:
+        return
     swept = []
     for seed, result in laboratory.results(looped[-1], seeds).items():
         path = laboratory.out / f"{experiment.name}-sweep-seed-{seed}.csv"
@@ -142,7 +144,8 @@ def _figure4(laboratory: Laboratory, experiment: Experiment, seeds: int, time_ag
     results = {row.name: laboratory.results(row, seeds) for row in experiment.rows}
     shown = {line.row.name: _point(line) for line in tables.lines(experiment, results)}
     trained = [shown[row.name] | {"steps": row.changes["steps"]} for row in looped]
-    figure = plots.accuracy_and_cost(swept, trained, shown[control.name], laboratory.data.name)
+    control = next((shown[row.name] for row in experiment.rows if row not in looped), None)
+    figure = plots.accuracy_and_cost(swept, trained, control, laboratory.data.name)
     plots.save(figure, laboratory.out / experiment.name)
 
 
