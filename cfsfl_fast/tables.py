@@ -87,7 +87,9 @@ class Line:
 
     @property
     def microseconds(self) -> float:
-        """To answer one user: the fastest seed's."""
+        """To answer one user: the fastest seed's; NaN of a part of a run, which was not timed by itself."""
+        if self.row.part:
+            return math.nan
         return min((result.microseconds for result in self.results.values()), default=math.nan)
 
 
@@ -161,7 +163,8 @@ def to_markdown(
         cells += [" / ".join(map(_short, figures)) if figures else ""] if with_published else []
         text.append(_cells(cells))
     seeds = max(line.seeds for line in shown)
-    errors = "± standard error over test users" + (f" ± over {seeds} seeds" if seeds > 1 else "; one seed")
+    errors = "± standard error over test users"
+    errors += f" ± over {seeds} seeds (rows with one error have one seed)" if seeds > 1 else "; one seed"
     text += ["", f"{errors}. Differences are paired: the same users, the same seeds. Times are the fastest."]
     return "\n".join(text) + "\n"
 
