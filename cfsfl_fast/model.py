@@ -30,6 +30,9 @@ from cfsfl_fast.virtual_user import (
     weights,
 )
 
+ITEM_TABLES = ("recommender.input.weight", "recommender.output.weight", "recommender.output.bias", "lookup.weight")
+"""The parameters that have a row per item."""
+
 ROWS = 32
 """Batches are padded with empty users to a multiple of this: a row then has the same bits in any batch."""
 

@@ -20,6 +20,7 @@ from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
+from cfsfl_fast.plan import free_memory, plan
 from cfsfl_fast.stages import STAGES, Epoch, OnEpoch, Trainer, fresh_model
 from cfsfl_fast.training import Optimisers
 
@@ -46,8 +47,8 @@ class Run(Trainer):
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
         ProcessError: another process stopped or does not answer.
-        ValueError: `out` holds a run with another config or of other data, or `start` one whose stage 1 is another or
-            not finished; both values are named.
+        ValueError: the device has not the memory; `out` holds a run with another config or of other data, or `start`
+            one whose stage 1 is another or not finished; both values are named.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class Run(Trainer):
     ) -> None:
         self.data, self.out = data, out
         config = config.resolved(data.n_users)
+        each = data.train.nnz / max(1, data.n_users)
+        needed = plan(data.n_items, data.n_users, config, events_per_user=each, devices=group.size)
+        needed.check(free_memory(torch.device(device)))
         model = fresh_model(data.n_items, config, device=device, **run_time)
         model.item_ids = data.item_ids
         histories = as_interactions(data.train, data.n_items, model.device)

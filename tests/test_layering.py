@@ -13,7 +13,9 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
     "cli": {"baselines", "checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
-    | {"callbacks", "numerics", "runs", "experiments", "export", "plots", "reproduce", "serving", "sweep", "tables"},
+    | {"callbacks", "numerics", "runs", "experiments", "export", "plan", "plots", "reproduce", "serving", "sweep"}
+    | {"tables"},
+    "plan": {"config", "library", "model"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"}
@@ -24,7 +26,7 @@ ALLOWED = {
     "serving": {"backends", "interactions", "model"},
     "export": {"backends", "files", "interactions", "model", "ops"},
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}
-    | {"interactions", "metrics", "stages", "training"},
+    | {"interactions", "metrics", "plan", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
     | {"progress", "training"},
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cfsfl_fast import backends
-from cfsfl_fast.cli import baseline, data, doctor, inference, reproduce, serving, training
+from cfsfl_fast.cli import baseline, data, doctor, inference, planning, reproduce, serving, training
 from cfsfl_fast.distributed import ProcessError
 
 _EXPECTED = (
@@ -55,6 +55,7 @@ for command in (
     reproduce.plot,
     serving.export_command,
     serving.serve,
+    planning.plan_command,
     doctor.doctor,
 ):
     main.add_command(command)

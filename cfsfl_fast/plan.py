@@ -1,0 +1,245 @@
+"""What training will take, before anything is allocated: memory by part, messages and time of an update.
+
+Tables and layers are those of a model on the meta device, so their sizes are exact for every recommender; the rest are
+formulas of SPEC's letters, of which docs/scale.md says how close they are. G devices, of which each S share the rows of
+every item table (`item_shards`) and G / S share a batch: B = batch_size S / G users a device.
+
+Memory    of the stage that takes most, the joint one where there is one.
+          tables + layers       4 bytes an entry; tables / S
+          moments               Adam's two, of everything that is trained; of the lookup table, two optimisers'
+          gradients             one of everything, and a second of the output layer: of listed rows, and of the softmax
+          scores                B M / S, but not more than `library.CHUNK_SCORES`
+          codes                 (T + 1) passes of B rows: what the backward pass of the small layers needs
+          lists                 T B K ids, scores and weights, and their gradients sorted by item
+          histories             8 bytes an event and a user
+          process               PyTorch itself
+Messages  an all-reduce of n bytes among P devices sends and receives 2 n (P - 1) / P on each; an all-gather n (P - 1).
+Time      products at the device's rate, Adam and the tables at its memory's, messages at the link's, one after another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cfsfl_fast import library
+from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.model import CFSFL, ITEM_TABLES
+
+PROCESS = 400e6
+"""Bytes that Python and PyTorch take on a CPU; a CUDA context takes about twice that on its device."""
+
+_CERTAIN = ("tables", "layers", "moments", "gradients", "histories")
+
+ADAM_BYTES = 28
+"""Adam reads a weight, its gradient and two moments, and writes all but the gradient: float32."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each device needs.
+
+    Attributes:
+        memory: bytes by part.
+        messages: bytes that a device sends in an update, by purpose.
+        flops: floating-point operations of an update's products over the catalogue, each list a full product.
+        traffic: bytes that an update of the optimiser moves in the device's memory.
+    """
+
+    n_items: int
+    n_users: int
+    config: CFSFLConfig
+    devices: int
+    item_shards: int
+    memory: dict[str, float]
+    messages: dict[str, float]
+    flops: float
+    traffic: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return sum(self.memory.values())
+
+    def seconds(self, rate: float, bandwidth: float, link: float | None = None) -> dict[str, float]:
+        """Time of an update by what bounds it.
+
+        Args:
+            rate: of products, flop/s. bandwidth: of memory, bytes/s. link: between devices, bytes/s; None leaves the
+                messages out.
+        """
+        found = {"products": self.flops / rate, "optimiser": self.traffic / bandwidth}
+        if link is not None:
+            found["messages"] = sum(self.messages.values()) / link
+        return found
+
+    def check(self, free: float) -> None:
+        """Refuses what cannot fit: weights, moments, gradients and histories of more than `free` bytes.
+
+        Raises:
+            ValueError: naming the parts.
+        """
+        needed = {name: size for name, size in self.memory.items() if name in _CERTAIN}
+        if sum(needed.values()) <= free:
+            return
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.items())
+        raise ValueError(
+            f"training on {self.n_items:,} items needs {_size(sum(needed.values()))} on each of {self.devices} "
+            f"device(s), which has {_size(free)} free: {parts}. `cfsfl plan` shows what other choices take"
+        )
+
+    def __str__(self) -> str:
+        config = self.config
+        shared = f", tables in {self.item_shards} parts" if self.item_shards > 1 else ""
+        lines = [
+            f"{self.n_items:,} items, {self.n_users:,} users, {self.devices} device(s){shared}; {config.recommender}, "
+            f"T = {config.steps}, K = {config.top_k}, batch {config.batch_size}",
+            "",
+            "memory of a device",
+            *(f"  {name:<12}{_size(size):>12}" for name, size in self.memory.items()),
+            f"  {'in all':<12}{_size(self.total):>12}",
+            "",
+            "an update of the joint stage" if config.has_joint_stage else "an update",
+            f"  {'products':<12}{self.flops / 1e9:>9,.1f} GFLOP",
+            f"  {'optimiser':<12}{_size(self.traffic):>12}",
+            *(f"  {name:<12}{_size(size):>12} sent" for name, size in self.messages.items()),
+        ]
+        return "\n".join(lines)
+
+
+def plan(
+    n_items: int,
+    n_users: int,
+    config: CFSFLConfig,
+    *,
+    events_per_user: float = 100.0,
+    devices: int = 1,
+    item_shards: int = 1,
+) -> Plan:
+    """What training takes on each of some devices. Nothing of the model's size is allocated.
+
+    Args:
+        n_items, n_users: M, and the training users.
+        config: every choice.
+        events_per_user: items of a user on average.
+        devices: G.
+        item_shards: S, devices that share the rows of every item table; divides G.
+
+    Raises:
+        ValueError: a size is below 1, or item_shards does not divide devices.
+    """
+    for name, size in (("items", n_items), ("users", n_users), ("devices", devices), ("item_shards", item_shards)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+    if devices % item_shards:
+        raise ValueError(f"item_shards must divide the devices; got {item_shards} and {devices}")
+    if not events_per_user >= 0:
+        raise ValueError(f"events_per_user must be at least 0; got {events_per_user}")
+    config = config.resolved(n_users)
+    assert isinstance(config.batch_size, int)
+    with torch.device("meta"):
+        weights = dict(CFSFL.from_config(n_items, config).named_parameters())
+    replicas = devices // item_shards
+    B, rows = -(-config.batch_size // replicas), -(-n_items // item_shards)
+    joint = config.has_joint_stage
+    T, K, D = config.steps if joint else 0, min(config.top_k, n_items), config.lookup_dim
+
+    def entries(prefix: str) -> float:
+        """Entries of the weights of a name, on one device."""
+        return sum(
+            w.numel() / (item_shards if name in ITEM_TABLES else 1)
+            for name, w in weights.items()
+            if name.startswith(prefix)
+        )
+
+    theta, lookup, output = entries("recommender."), entries("lookup."), entries("recommender.output.")
+    psi = entries("feedback.") + lookup if joint else 0.0
+    phi = entries("reward.") + lookup if joint and config.uses_reward else 0.0
+    tables = sum(entries(name) for name in ITEM_TABLES)
+    width = weights["recommender.output.weight"].shape[1]
+    layers = sum(sum(w.shape) for name, w in weights.items() if w.dim() == 2 and name not in ITEM_TABLES)
+    scores = min(B * rows, max(library.CHUNK_SCORES, B))
+    listed = T * B * K
+    memory = {
+        "tables": 4 * tables,
+        "layers": 4 * (entries("") - tables),
+        "moments": 8 * (theta + psi + phi),
+        "gradients": 4 * (theta + psi + (output if joint else 0)),
+        "scores": 4 * scores,
+        "codes": 4 * B * (T + 1) * layers,
+        "lists": listed * (8 + 4 + 4 + 8 + 8) + 4 * listed,
+        "histories": 8 * n_users * (events_per_user + 2),
+        "process": PROCESS,
+    }
+    history = B * (width + D)
+    turns = T * (3 * B * K + B * D + B * (width + K))  # candidates gathered; h summed; back: the code's part, and dw
+    last = B * (3 + width) + (3 * B * K if joint else 0)
+    messages = {
+        "gradients": _reduced(4 * (theta + psi + phi), replicas),
+        "lists, codes": 4 * (_reduced(history + last, item_shards) + _reduced(turns, item_shards)),
+    }
+    product = 2 * B * rows * width
+    flops = product * (T + 1) + 2 * product + (product if B * rows > library.CHUNK_SCORES else 0)
+    traffic = ADAM_BYTES * (theta + psi + phi) + 8 * (theta + psi + output)
+    return Plan(n_items, n_users, config, devices, item_shards, memory, messages, flops, traffic)
+
+
+def _reduced(size: float, n: int) -> float:
+    return 2 * size * (n - 1) / n
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:,.3g} {unit}" if n < 100 else f"{n:,.0f} {unit}"
+        n /= 1000
+    return f"{n:,.1f} TB"
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free: of a CUDA device, or of the machine within the limit of its control group."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = float("inf")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            free = 1024.0 * int(line.split()[1])
+    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit and used and limit[0].isdigit():
+        free = min(free, float(int(limit[0]) - int(used[0])))
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def measured_rates(device: torch.device) -> tuple[float, float]:
+    """This device's rate of float32 products in flop/s, and of copying in bytes/s, read and written."""
+    n = 1024
+    x, y = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
+    source = torch.rand(1 << 24, device=device)
+    target = torch.empty_like(source)
+    product = _fastest(lambda: torch.mm(x, y), device)
+    copy = _fastest(lambda: target.copy_(source), device)
+    return 2 * n**3 / product, 8 * source.numel() / copy
+
+
+def _fastest(act: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return best
