@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from cfsfl_fast import library, reference
+from cfsfl_fast.sharded import Shard, Sharded
 
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
 
+_shard: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("cfsfl_shard", default=None)
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("cfsfl_backend", default=None)
 
 _traced: list[str] = []
@@ -83,12 +85,21 @@ def resolve(device: torch.device, backend: str | None = None) -> str:
 
 
 def implementation(name: str) -> Any:
-    """The module of a backend that can run; `reference` runs without bindings of ours."""
-    if name == "cpp":
-        return _load("cfsfl_fast.cpp")[0]
-    if name == "triton":
-        return _load("cfsfl_fast.kernels")[0]
-    return reference if name == "reference" else library
+    """The functions of a backend that can run; `reference` runs without bindings of ours."""
+    modules = {"cpp": "cfsfl_fast.cpp", "triton": "cfsfl_fast.kernels"}
+    impl = _load(modules[name])[0] if name in modules else reference if name == "reference" else library
+    shard = _shard.get()
+    return impl if shard is None else Sharded(impl, shard)
+
+
+@contextlib.contextmanager
+def use_shard(shard: Shard | None) -> Iterator[None]:
+    """Inside, every table is the part of a table that `shard` says; None leaves it to those around."""
+    token = _shard.set(_shard.get() if shard is None else shard)
+    try:
+        yield
+    finally:
+        _shard.reset(token)
 
 
 def traced() -> str | None:

@@ -79,6 +79,15 @@ class Group:
                 work.wait()
         return found
 
+    def gathered(self, mine: Tensor) -> Tensor:
+        """Every process's tensor of one shape. [size, ...]"""
+        if self.size == 1:
+            return mine[None]
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._answered():
+            dist.all_gather(found, mine, group=self._handle)
+        return torch.stack(found)
+
     def joined(self, mine: Tensor, n: int) -> Tensor:
         """All rows of a tensor of n rows, of which each process has the rows of its `span`."""
         if self.size == 1:

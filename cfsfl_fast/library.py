@@ -226,9 +226,13 @@ def linear_nll_backward(
     exclude: CSR | None,
     lse: Tensor,
     kept: Tensor | None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x), a chunk of items at a time."""
-    scale = (dnll * offsets.diff())[:, None]
+    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x), a chunk of items at a time.
+
+    counts: |x| [B], where x is only in part here.
+    """
+    scale = (dnll * (offsets.diff() if counts is None else counts))[:, None]
     hits = F.pad(-dnll, (0, 1))
     lse = lse.masked_fill(lse == float("-inf"), 0)[:, None]
     du = torch.zeros_like(u, dtype=lse.dtype)
@@ -260,13 +264,17 @@ def list_softmax(ids: Tensor, scores: Tensor) -> Tensor:
     return scores.softmax(1).masked_fill_(ids < 0, 0)
 
 
+def list_weights(ids: Tensor, scores: Tensor, action: str) -> Tensor:
+    """The weights w of (16), forward: 1/K, or the softmax over the listed scores. [B, K]"""
+    if action == "topk_softmax":
+        return list_softmax(ids, scores)
+    listed = (ids >= 0).to(scores.dtype)
+    return listed / listed.sum(1, keepdim=True).clamp_min_(1)
+
+
 def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -> tuple[Tensor, Tensor]:
     """Equation (16): h = hx + sum_k w_k lookup[ids_k] [B, D], and the weights w [B, K]."""
-    if action == "topk_softmax":
-        w = list_softmax(ids, scores)
-    else:
-        listed = (ids >= 0).to(hx.dtype)
-        w = listed / listed.sum(1, keepdim=True).clamp_min_(1)
+    w = list_weights(ids, scores, action)
     return row_bag(lookup, ids.clamp_min(0).flatten(), list_offsets(ids), w.flatten()).add_(hx), w
 
 

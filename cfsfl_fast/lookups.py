@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from cfsfl_fast import library
 from cfsfl_fast.compiling import implementation, selected, whole
+from cfsfl_fast.sharded import Sharded
 
 
 class Lookups(NamedTuple):
@@ -52,13 +53,18 @@ class _Collect(torch.autograd.Function):
         (n_items, _), bias_shape = ctx.shapes
         parts, ctx.sink[:] = list(ctx.sink), []
         items = torch.cat([p.items for p in parts])
-        weights = torch.cat([p.source.new_ones(p.items.shape[0]) if p.weights is None else p.weights for p in parts])
+        weights: Tensor | None = torch.cat(
+            [p.source.new_ones(p.items.shape[0]) if p.weights is None else p.weights for p in parts]
+        )
         # Behind each part's rows one more, of zeros, owns its room.
         starts = accumulate(p.items.shape[0] for p in parts)
         offsets = torch.cat([parts[0].offsets, *(p.offsets + s for p, s in zip(parts[1:], starts, strict=False))])
         offsets = library.ended(offsets, items.shape[0])
         zeros = parts[0].source.new_zeros(1, parts[0].source.shape[1])
         source = torch.cat([rows for p in parts for rows in (p.source, zeros)])
+        if isinstance(ctx.impl, Sharded):
+            items, offsets, weights = ctx.impl.own(items, offsets, weights)
+        assert weights is not None
         looked_up = ctx.impl.row_bag_backward(source, items, offsets, weights, n_items)
         dweight = looked_up if dweight is None else looked_up.add_(dweight)
         if bias_shape is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfsfl_fast import backends, checkpoint, judging, ops
+from cfsfl_fast import backends, checkpoint, item_rows, judging, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions, as_interactions
@@ -21,6 +21,7 @@ from cfsfl_fast.loop import unroll
 from cfsfl_fast.memory import N_EVIDENCE, ItemMemory
 from cfsfl_fast.numerics import PRECISIONS, numerics
 from cfsfl_fast.recommenders import RECOMMENDERS, Code
+from cfsfl_fast.sharded import Shard
 from cfsfl_fast.virtual_user import (
     LookupTable,
     VirtualUser,
@@ -32,6 +33,15 @@ from cfsfl_fast.virtual_user import (
 
 ITEM_TABLES = ("recommender.input.weight", "recommender.output.weight", "recommender.output.bias", "lookup.weight")
 """The parameters that have a row per item."""
+
+_OF_PARTS: dict[str, tuple[Any, ...]] = {
+    "recommender": ("vae", "dae"),
+    "feedback": ("embedding",),
+    "backend": ("auto", "triton", "cpp", "torch"),
+    "precision": ("fp32",),
+    "deterministic": (False,),
+}
+"""What a model in parts can be: the multinomial likelihood, and products in float32."""
 
 ROWS = 32
 """Batches are padded with empty users to a multiple of this: a row then has the same bits in any batch."""
@@ -139,6 +149,7 @@ class CFSFL(nn.Module):
                 **training,
             }
         )
+        self.shard: Shard | None = None
         self.item_ids: np.ndarray | None = None
         self.recommender = RECOMMENDERS[recommender](n_items, hidden_dim, latent_dim, feedback_dim)
         self.lookup = LookupTable(n_items, lookup_dim)
@@ -151,6 +162,33 @@ class CFSFL(nn.Module):
     def from_config(cls, n_items: int, config: CFSFLConfig, **run_time: Any) -> CFSFL:
         """A new model with every choice of a config; run_time: backend, precision, deterministic and graphs."""
         return cls(n_items, **run_time, **dataclasses.asdict(config))
+
+    @classmethod
+    def part(cls, n_items: int, config: CFSFLConfig, shard: Shard, **run_time: Any) -> CFSFL:
+        """A new model whose item tables have the rows of one shard alone; its weights are those of a whole model.
+
+        All processes of the shard's group make one, and call it with the same histories. It recommends and trains; what
+        takes every item's scores at once is not for it.
+
+        Args:
+            n_items: M, of the whole catalogue.
+            config: every choice.
+            shard: which rows.
+            **run_time: of `from_config`.
+
+        Raises:
+            ValueError: a choice that needs the whole catalogue in one place, or more shards than items.
+        """
+        for name, needed in _OF_PARTS.items():
+            found = getattr(config, name, run_time.get(name, needed[0]))
+            if found not in needed:
+                raise ValueError(f"item tables in parts need {name} = {' or '.join(map(repr, needed))}; got {found!r}")
+        if shard.group.size > n_items:
+            raise ValueError(f"{n_items} items cannot be shared by {shard.group.size} processes")
+        with item_rows.kept(shard.span):
+            model = cls.from_config(n_items, config, **{**run_time, "graphs": False})
+        model.shard = shard
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -177,8 +215,12 @@ class CFSFL(nn.Module):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The model's backend, precision and determinism, for what runs inside."""
-        with backends.use_backend(self.backend), numerics(self.precision, self.deterministic, self.device):
+        """The model's backend, shard, precision and determinism, for what runs inside."""
+        with (
+            backends.use_backend(self.backend),
+            backends.use_shard(self.shard),
+            numerics(self.precision, self.deterministic, self.device),
+        ):
             yield
 
     def forward(self, x: Any, *, steps: int | None = None) -> Tensor:
@@ -193,6 +235,7 @@ class CFSFL(nn.Module):
         Returns:
             [B, M].
         """
+        self._need_whole("scores of every item")
         with self.running():
             history, n_users = self._padded(x)
             if self.memory is not None:
@@ -265,6 +308,8 @@ class CFSFL(nn.Module):
         if n < 0 or batch_size < 1:
             wrong = f"n must be at least 0; got {n}" if n < 0 else f"batch_size must be at least 1; got {batch_size}"
             raise ValueError(wrong)
+        if candidates is not None:
+            self._need_whole("candidates")
         histories = as_interactions(x, self.n_items, self.device)
         left_out = self._left_out(exclude, len(histories))
         listed = None if candidates is None else _ids(candidates, self.n_items, "candidates").to(self.device).unique()
@@ -395,6 +440,10 @@ class CFSFL(nn.Module):
         rewards = (logits.sigmoid() * listed).sum(2) / listed.sum(2).clamp_min(1)
         return Trace(ids, rewards, logits)
 
+    def _need_whole(self, what: str) -> None:
+        if self.shard is not None:
+            raise ValueError(f"{what} need the whole model; this is part {self.shard.group.rank} of its tables")
+
     def _n_steps(self, steps: int | None) -> int:
         steps = self.config.steps if steps is None else steps
         if steps < 0:
@@ -506,6 +555,7 @@ class CFSFL(nn.Module):
         """Writes config.json, model.safetensors, item_ids.npy and memory.safetensors to a folder, whole or not at all;
         the last two where the model has them.
         """
+        self._need_whole("such folders")
         memory = None if self.memory is None or self.memory.is_empty else self.memory.tensors()
         checkpoint.save_model(Path(folder), self.n_items, self.config, self.state_dict(), self.item_ids, memory)
 

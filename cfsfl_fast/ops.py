@@ -272,7 +272,9 @@ def _fuse_softmax(
     exclude = exclude and _bounded(*exclude, backend)
     if backend == "reference":
         return reference.fuse_softmax(u, weight, bias, hx, lookup, exclude)
-    impl = implementation(backend) if through_operators(backend) else library  # no backend has its own
+    impl = implementation(backend)
+    if not hasattr(impl, "fuse_softmax"):
+        impl = library  # no backend has its own
     return hx + _FuseSoftmax.apply(u, weight, bias, lookup, exclude, impl)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from cfsfl_fast import item_rows
 
 LAYER = 128
 """Width of the hidden layers of both networks (the paper's table 2)."""
@@ -17,7 +18,7 @@ class LookupTable(nn.Module):
 
     def __init__(self, n_items: int, lookup_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_items, lookup_dim) * 0.1)
+        self.weight = nn.Parameter(item_rows.normal(n_items, lookup_dim, 0.1))
 
 
 def reward_estimator(lookup_dim: int) -> nn.ModuleList:

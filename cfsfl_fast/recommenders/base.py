@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cfsfl_fast import ops
+from cfsfl_fast import item_rows, ops
 from cfsfl_fast.recommenders.likelihoods import multinomial
 
 
@@ -25,7 +25,7 @@ class InputLayer(nn.Module):
 
     def __init__(self, n_items: int, feedback_dim: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_items, width)))
+        self.weight = nn.Parameter(item_rows.glorot(n_items, width))
         self.feedback = nn.Parameter(torch.zeros(feedback_dim, width))
         self.bias = nn.Parameter(_small(width))
 
@@ -35,8 +35,8 @@ class OutputLayer(nn.Module):
 
     def __init__(self, n_items: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_items, width)))
-        self.bias = nn.Parameter(_small(n_items))
+        self.weight = nn.Parameter(item_rows.glorot(n_items, width))
+        self.bias = nn.Parameter(item_rows.own(_small(n_items)))
 
 
 def _small(size: int) -> Tensor:
