@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsfl_fast import files
+from cfsfl_fast import arrays, files
 from cfsfl_fast.config import FORMAT_VERSION, CFSFLConfig
 
 CONFIG, MODEL, ITEM_IDS, MEMORY = "config.json", "model.safetensors", "item_ids.npy", "memory.safetensors"
+_NEIGHBOURS = (CONFIG, ITEM_IDS, MEMORY)
 _METADATA = "cfsfl"
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class SavedModel(NamedTuple):
@@ -65,8 +67,13 @@ def write_description(folder: Path, n_items: int, config: CFSFLConfig, item_ids:
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes model.safetensors into a folder that has its description; one rename, so it is there whole or not."""
-    neighbours = {name: _file_digest(folder / name) for name in (CONFIG, ITEM_IDS, MEMORY) if (folder / name).exists()}
+    """Writes model.safetensors into a folder that has its description; one rename, so it is there whole or not.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite values, and the file would be refused by who reads it.
+    """
+    check_tensors(folder / MODEL, tensors, tensors)
+    neighbours = {name: _file_digest(folder / name) for name in _NEIGHBOURS if (folder / name).exists()}
     write_tensors(folder / MODEL, tensors, {"files": json.dumps(neighbours, sort_keys=True)})
 
 
@@ -93,33 +100,48 @@ def _load_model(folder: Path) -> SavedModel:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     tensors, metadata = read_tensors(folder / MODEL)
-    for name, digest in json.loads(metadata["files"]).items():
-        if _file_digest(folder / name) != digest:
+    recorded = _parsed(folder / MODEL, metadata.get("files", ""))
+    for name in _NEIGHBOURS:
+        if (name in recorded or (folder / name).exists()) and _file_digest(folder / name) != recorded.get(name):
             raise ValueError(f"{folder / name} does not belong to {MODEL} beside it: altered, or from another model")
     item_ids = None
     if (folder / ITEM_IDS).exists():
-        item_ids = np.load(folder / ITEM_IDS, allow_pickle=False)
-        if item_ids.shape != (n_items,):
-            raise ValueError(f"{folder / ITEM_IDS}: expected {n_items} ids, found shape {item_ids.shape}")
+        item_ids = np.array(arrays.map_npy(folder / ITEM_IDS))
+        if item_ids.shape != (n_items,) or item_ids.dtype.kind not in "iuUS":
+            found = f"{item_ids.dtype} of shape {item_ids.shape}"
+            raise ValueError(f"{folder / ITEM_IDS}: expected {n_items} integers or texts, found {found}")
     memory = read_tensors(folder / MEMORY)[0] if (folder / MEMORY).exists() else None
     return SavedModel(n_items, config, tensors, item_ids, memory)
 
 
-def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuses tensors whose names or shapes are not the model's, or that hold NaN.
+def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuses the tensors of a file whose names, types or shapes are not the wanted ones, or that hold NaN.
 
     Raises:
         ValueError: naming the first of them.
     """
     if differing := sorted(set(found) ^ set(wanted)):
         where = "missing from" if differing[0] in wanted else "unknown in"
-        raise ValueError(f"{folder / MODEL}: tensor {differing[0]!r} is {where} the file")
+        raise ValueError(f"{path}: tensor {differing[0]!r} is {where} the file")
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             expected = tuple(wanted[name].shape)
-            raise ValueError(f"{folder / MODEL}: {name} has shape {tuple(tensor.shape)}, its config says {expected}")
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config says {expected}")
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{path}: {name} holds {tensor.dtype}, expected {wanted[name].dtype}")
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{folder / MODEL}: {name} holds NaN or infinite values")
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+
+
+def read_weights(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder's model, where they are those of a given one by name and shape.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_tensors` and `check_tensors`.
+    """
+    tensors, _ = read_tensors(folder / MODEL)
+    check_tensors(folder / MODEL, tensors, wanted)
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -165,7 +187,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             found = file.metadata() or {}
             metadata = json.loads(found[_METADATA]) if _METADATA in found else dict(found)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, MemoryError) as error:
         raise ValueError(f"{path} is truncated or altered ({error})") from None
     if not isinstance(metadata, dict) or metadata.pop("sha256", None) != _digest(tensors, metadata):
         raise ValueError(f"{path} is altered: its tensors do not have the digest that was written with them")
@@ -181,9 +203,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    return _parsed(path, path.read_bytes())
+
+
+def _parsed(path: Path, text: bytes | str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a json object, found {type(found).__name__}")

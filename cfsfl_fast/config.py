@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 FORMAT_VERSION = 1
 """Of config.json and model.safetensors; a newer format is refused."""
@@ -98,7 +103,8 @@ class CFSFLConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "epochs", tuple(int(e) for e in self.epochs))
+        for name, kind in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         if len(self.epochs) != 3 or min(self.epochs) < 0:
             raise ValueError(f"epochs must be three counts >= 0, one per stage; got {self.epochs}")
         for name, known in _CHOICES.items():
@@ -110,9 +116,10 @@ class CFSFLConfig:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        whole("steps", self.steps, 0, MOST_STEPS)
         for name in ("anneal_steps", "batch_size"):
             value = getattr(self, name)
-            if value != "auto" and (not isinstance(value, int) or value < 1):
+            if value != "auto" and (isinstance(value, str) or value < 1):
                 raise ValueError(f'{name} must be "auto" or at least 1; got {value!r}')
         inputs = self.feedback_inputs.split(",")
         if not set(inputs) <= set(FEEDBACK_INPUTS) or len(set(inputs)) < len(inputs):
@@ -161,7 +168,7 @@ class CFSFLConfig:
         updates = -(-n_users // int(batch_size)) * (self.epochs[0] + self.epochs[2])
         anneal = self.anneal_steps
         if anneal == "auto":
-            anneal = max(1, round(0.85 * updates / max(float(self.kl_cap), 1e-9)))
+            anneal = min(LARGEST, max(1, round(0.85 * updates / max(float(self.kl_cap), 1e-9))))
         return dataclasses.replace(self, batch_size=batch_size, anneal_steps=anneal)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +189,45 @@ class CFSFLConfig:
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"a config field has a value of the wrong type: {error}") from None
+
+
+LARGEST = 2**31 - 1
+"""Of every integer in a config, and of the items of a catalogue: the kernels count with 32 bits."""
+
+
+def whole(name: str, value: Any, least: int, most: int = LARGEST) -> int:
+    """A whole number, Python's or NumPy's, between two others.
+
+    Raises:
+        ValueError: it is none, or outside; names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name} must be a whole number; got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be at {f'least {least}' if value < least else f'most {most}'}; got {value}")
+    return int(value)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A field's value as its type; numbers of NumPy and integers for floats are taken.
+
+    Raises:
+        ValueError: it is of another type, not finite, or beyond LARGEST.
+    """
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if str in kinds and isinstance(value, str):
+        return str(value)
+    if bool in kinds and isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if kind == tuple[int, int, int] and isinstance(value, (tuple, list)):
+        return tuple(_typed(name, one, int) for one in value)
+    if int in kinds:
+        return whole(name, value, -LARGEST, 2**63 - 1 if name == "seed" else LARGEST)
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if float in kinds and number and math.isfinite(value):
+        return float(value)
+    wanted = {bool: "True or False", str: "a text", float: "a finite number"}.get(kinds[0], "three whole numbers")
+    raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 LATER_FIELDS = frozenset(
@@ -206,6 +252,9 @@ LATER_FIELDS = frozenset(
     }
 )
 """Fields that stage 1 does not depend on: runs that differ in these alone may share it."""
+
+MOST_STEPS = 10_000
+"""T beyond this is a mistake: nothing would ever come of it."""
 
 FEEDBACK_INPUTS = ("history", "list", "reward")
 

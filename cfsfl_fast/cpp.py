@@ -46,8 +46,9 @@ def _checked(
     items: Tensor, offsets: Tensor, n_rows: int | None, n_items: int, ascending: bool = False
 ) -> tuple[Tensor, Tensor]:
     """CSR rows that are safe to walk: contiguous, in range, and ascending where asked."""
-    if items.dtype != torch.int64 or offsets.dtype != torch.int64:
-        raise ValueError(f"CSR rows must be int64; got items {items.dtype}, offsets {offsets.dtype}")
+    for name, ids in (("items", items), ("offsets", offsets)):
+        if ids.dtype != torch.int64 or ids.ndim != 1 or ids.device.type != "cpu":
+            raise ValueError(f"{name} of CSR rows must be a vector of int64; got {_described(ids)}")
     if len(offsets) == 0 or (n_rows is not None and len(offsets) != n_rows + 1):
         raise ValueError(f"{n_rows} users need {(n_rows or 0) + 1} offsets; got {len(offsets)}")
     items, offsets = items.contiguous(), offsets.contiguous()
@@ -61,7 +62,29 @@ def _fitting(u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, T
         raise ValueError(
             f"u [B, H], weight [M, H] and bias [M] do not fit: {(*u.shape,)}, {(*weight.shape,)}, {(*bias.shape,)}"
         )
-    return u.contiguous(), weight.contiguous(), bias.contiguous()
+    return _held("u", u, *u.shape), _held("weight", weight, *weight.shape), _held("bias", bias, *bias.shape)
+
+
+def _held(name: str, t: Tensor, *shape: int) -> Tensor:
+    """A tensor whose memory the kernels may walk: of this shape, float32, on the CPU, contiguous."""
+    if t.shape != shape or t.dtype != torch.float32 or t.device.type != "cpu" or t.layout != torch.strided:
+        raise ValueError(f"{name} must be float32 of shape {shape}; got {_described(t)}")
+    return t.contiguous()
+
+
+def _listed(ids: Tensor, n_users: int, n_items: int) -> Tensor:
+    """Lists of item ids [B, K], -1 where one ends, in range and contiguous."""
+    if ids.ndim != 2 or len(ids) != n_users or ids.dtype != torch.int64 or ids.device.type != "cpu":
+        raise ValueError(f"ids must be int64 of shape [{n_users}, K]; got {_described(ids)}")
+    if ids.numel():
+        least, most = (int(end) for end in ids.aminmax())
+        if least < -1 or most >= n_items:
+            raise ValueError(f"listed ids must lie in -1..{n_items - 1}; got {least if least < -1 else most}")
+    return ids.contiguous()
+
+
+def _described(t: Tensor) -> str:
+    return f"{t.dtype} of shape {(*t.shape,)} on {t.device}"
 
 
 @contextlib.contextmanager
@@ -79,8 +102,11 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
     if not _covers(table, weights):
         return library.row_bag(table, items, offsets, weights)
-    table, weights = table.contiguous(), None if weights is None else weights.contiguous()
+    if table.ndim != 2:
+        raise ValueError(f"a table is [M, D]; got {_described(table)}")
+    table = _held("table", table, *table.shape)
     items, offsets = _checked(items, offsets, None, len(table))
+    weights = None if weights is None else _held("weights", weights, len(items))
     B, (M, D) = len(offsets) - 1, table.shape
     out = table.new_empty(B, D)
     _cpp.row_bag(
@@ -93,8 +119,11 @@ def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tens
     """The gradient of `row_bag` for its table [M, D]; sums in entry order, the same bits on every run."""
     if not _covers(dout, weights):
         return library.row_bag_backward(dout, items, offsets, weights, n_items)
-    dout, weights = dout.contiguous(), None if weights is None else weights.contiguous()
+    if dout.ndim != 2:
+        raise ValueError(f"dout is [B, D]; got {_described(dout)}")
+    dout = _held("dout", dout, *dout.shape)
     items, offsets = _checked(items, offsets, len(dout), n_items)
+    weights = None if weights is None else _held("weights", weights, len(items))
     B, D = dout.shape
     dtable = dout.new_empty(n_items, D)
     _cpp.row_bag_backward(
@@ -112,8 +141,11 @@ def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """< x_b, table[ids_bk] >; padding ids (-1) give 0. [B, K]"""
     if not _covers(x, table):
         return library.row_dot(x, table, ids)
-    x, table, ids = x.contiguous(), table.contiguous(), ids.contiguous()
-    (B, D), K = x.shape, ids.shape[1]
+    if x.ndim != 2 or table.ndim != 2:
+        raise ValueError(f"x is [B, D], the table [M, D]; got {_described(x)}, {_described(table)}")
+    (B, D), M = x.shape, len(table)
+    x, table, ids = _held("x", x, B, D), _held("table", table, M, D), _listed(ids, B, M)
+    K = ids.shape[1]
     out = x.new_empty(B, K)
     _cpp.row_dot(out.data_ptr(), x.data_ptr(), table.data_ptr(), ids.data_ptr(), B, K, D, _threads())
     return out
@@ -189,7 +221,8 @@ def linear_nll_backward(
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
-    dnll = dnll.contiguous()
+    dnll, lse = _held("dnll", dnll, B), _held("lse", lse, B)
+    kept = None if kept is None else _held("kept", kept, B, M)
     items, offsets = _checked(items, offsets, B, M)
     exclude, rows = _excluded(exclude, B, M)
     du = torch.zeros_like(u)
@@ -215,8 +248,12 @@ def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -
     """Equation (16): h = hx + sum_k w_k lookup[ids_k] [B, D], and the weights w [B, K]."""
     if not _covers(hx, lookup, scores):
         return library.fuse(hx, lookup, ids, scores, action)
-    hx, lookup, ids, scores = hx.contiguous(), lookup.contiguous(), ids.contiguous(), scores.contiguous()
-    (B, K), D = ids.shape, lookup.shape[1]
+    if hx.ndim != 2 or lookup.ndim != 2:
+        raise ValueError(f"hx is [B, D], the table [M, D]; got {_described(hx)}, {_described(lookup)}")
+    (B, D), M = hx.shape, len(lookup)
+    hx, lookup, ids = _held("hx", hx, B, D), _held("lookup", lookup, M, D), _listed(ids, B, M)
+    K = ids.shape[1]
+    scores = _held("scores", scores, B, K)
     h, w = hx.new_empty(B, D), hx.new_empty(B, K)
     _cpp.fuse(
         h.data_ptr(), w.data_ptr(), hx.data_ptr(), lookup.data_ptr(), ids.data_ptr(), scores.data_ptr(),
@@ -229,12 +266,16 @@ def respond(h: Tensor, reward: Layers, feedback: Layers) -> tuple[Tensor, Tensor
     """Equations (3) and (4): the reward's logit [B] and the feedback v [B, V]."""
     if not _covers(h, *(t for layer in (*reward, *feedback) for t in layer)):
         return library.respond(h, reward, feedback)
-    h = h.contiguous()
+    if h.ndim != 2 or not reward or not feedback:
+        raise ValueError(
+            f"h is [B, D], with a layer at least; got {_described(h)}, {len(reward)}, {len(feedback)} layers"
+        )
     B, D = h.shape
+    h = _held("h", h, B, D)
     held = [[(w.contiguous(), b.contiguous()) for w, b in layers] for layers in (reward, feedback)]
     for layers, width in zip(held, (D, D + 1), strict=True):
         for w, b in layers:
-            if w.shape[1] != width or b.shape != w.shape[:1]:
+            if w.ndim != 2 or w.shape[1] != width or b.shape != w.shape[:1]:
                 raise ValueError(f"a layer takes {width} inputs; got weight {(*w.shape,)}, bias {(*b.shape,)}")
             width = len(w)
     logit, v = h.new_empty(B), h.new_empty(B, len(held[1][-1][0]))

@@ -14,6 +14,7 @@ from cfsfl_fast import metrics
 from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.progress import bar
+from cfsfl_fast.scarcity import Batches
 
 RANKS = 100
 """Items that are ranked for a user; no metric looks further."""
@@ -57,7 +58,7 @@ def evaluate(
         recommend: gives the ids that are judged, for histories on `device`.
         fold_in, targets: the same users' rows [N, M], in any form that `as_interactions` takes. Users without a target
             are left out.
-        batch_size: users at once; it changes no figure.
+        batch_size: users at once, fewer where the device has no memory for so many; it changes no figure.
         progress: label of a progress bar; None shows none.
         group: processes that share the users; each gets everyone's figures.
 
@@ -70,22 +71,21 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     n_items = fold_in.shape[1]
     history, wanted = (as_interactions(x, n_items, device) for x in (fold_in, targets))
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
     judged = wanted.host_counts.nonzero().squeeze(1)
     begin, end = group.span(len(judged))
-    own = judged[begin:end].split(batch_size) if end > begin else ()
-    for users in bar(own, shown=progress is not None, desc=progress, leave=False):
+
+    def judge(users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mine = wanted.take(users)
         hit = metrics.hits(recommend(history.take(users), RANKS)[0], mine)
-        found.append(
-            (
-                metrics.recall(hit, mine.counts, 20),
-                metrics.recall(hit, mine.counts, 50),
-                metrics.ndcg(hit, mine.counts, RANKS),
-            )
-        )
-    empty = torch.empty(0, dtype=torch.float64)
-    values = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)] if found else [empty] * 3
+        recalls = metrics.recall(hit, mine.counts, 20), metrics.recall(hit, mine.counts, 50)
+        return *recalls, metrics.ndcg(hit, mine.counts, RANKS)
+
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with bar(shown=progress is not None, total=end - begin, unit=" users", desc=progress, leave=False) as shown:
+        for figures in Batches()(judged[begin:end], batch_size, judge):
+            found.append(figures)
+            shown.update(len(figures[0]))
+    values = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return Evaluation(*(group.joined(mine, len(judged)) for mine in values))
 
 

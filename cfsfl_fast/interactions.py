@@ -166,7 +166,7 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
         return _from_offsets(*x, n_items).to(device)
     if isinstance(x, Tensor) and x.layout != torch.strided:
         _check_width(x.shape, n_items)
-        coo = x.detach().to_sparse_coo().coalesce().cpu()
+        coo = _sound_tensor(x.detach()).to_sparse_coo().coalesce().cpu()
         rows, items = coo.indices()
         return _from_triplets(rows, items, coo.values(), x.shape[0], n_items).to(device)
     if isinstance(x, np.ndarray):
@@ -195,8 +195,35 @@ def _numbers(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(values, np.float64 if unusual else None, ["C", "W"]))
 
 
+def _sound_tensor(x: Tensor) -> Tensor:
+    """The same sparse tensor, every index checked: torch believes what a tensor says of itself."""
+    if x.sparse_dim() != 2:
+        raise ValueError(f"histories must be sparse in users and items; got {x.sparse_dim()} sparse dimensions")
+    try:
+        if x.layout == torch.sparse_coo:
+            return torch.sparse_coo_tensor(x._indices(), x._values(), x.shape, check_invariants=True)
+        by_row = x.layout in (torch.sparse_csr, torch.sparse_bsr)
+        ids = (x.crow_indices(), x.col_indices()) if by_row else (x.ccol_indices(), x.row_indices())
+        return torch.sparse_compressed_tensor(*ids, x.values(), x.shape, layout=x.layout, check_invariants=True)
+    except RuntimeError as error:
+        raise ValueError(f"histories are a damaged sparse tensor: {str(error).splitlines()[0]}") from None
+
+
+def _sound_matrix(x: Any) -> Any:
+    """The same sparse matrix, every index checked and nothing else believed: compiled code walks it from here on."""
+    try:
+        if x.format == "coo":
+            return type(x)((x.data, (x.row, x.col)), shape=x.shape)
+        if x.format in ("csr", "csc", "bsr"):
+            x = type(x)((x.data, x.indices, x.indptr), shape=x.shape)
+            x.check_format(full_check=True)
+        return x
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"histories are a damaged {x.format} matrix: {error}") from None
+
+
 def _from_scipy(x: Any, n_items: int) -> Interactions:
-    csr = x.tocsr()
+    csr = _sound_matrix(x).tocsr()
     values = _numbers(csr.data)
     if csr.has_canonical_format and bool((values > 0).all()) and bool(values.isfinite().all()):
         items, offsets = (torch.from_numpy(ids.astype(np.int64)) for ids in (csr.indices, csr.indptr))
@@ -230,11 +257,13 @@ def _from_triplets(rows: Tensor, items: Tensor, values: Tensor, n_users: int, n_
 
 
 def _from_offsets(items: Any, offsets: Any, n_items: int) -> Interactions:
-    items, offsets = (torch.as_tensor(ids).cpu() for ids in (items, offsets))
+    try:
+        items, offsets = (torch.as_tensor(ids).cpu() for ids in (items, offsets))
+    except (RuntimeError, OverflowError) as error:
+        raise TypeError(f"a pair (items, offsets) must hold vectors of integers: {error}") from None
     for name, ids in (("items", items), ("offsets", offsets)):
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            if ids.dim() == 1 and len(ids) == 0:
-                continue
+        integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.dim() != 1 or ids.layout != torch.strided or not (integers or len(ids) == 0):
             raise ValueError(f"{name} must be a vector of integers; got {ids.dtype} of shape {tuple(ids.shape)}")
     items, offsets = items.long(), offsets.long()
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):

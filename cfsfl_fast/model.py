@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfsfl_fast import backends, checkpoint, item_rows, judging, ops
-from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.config import MOST_STEPS, CFSFLConfig, whole
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.loop import unroll
 from cfsfl_fast.memory import N_EVIDENCE, ItemMemory
 from cfsfl_fast.numerics import PRECISIONS, numerics
 from cfsfl_fast.recommenders import RECOMMENDERS, Code
+from cfsfl_fast.scarcity import Batches
 from cfsfl_fast.sharded import Shard
 from cfsfl_fast.virtual_user import (
     LookupTable,
@@ -123,8 +124,7 @@ class CFSFL(nn.Module):
         **training: Any,
     ) -> None:
         super().__init__()
-        if n_items < 1:
-            raise ValueError(f"n_items must be at least 1; got {n_items}")
+        n_items = whole("n_items", n_items, 1)
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {backend!r}")
         self.n_items = n_items
@@ -151,6 +151,7 @@ class CFSFL(nn.Module):
         )
         self.shard: Shard | None = None
         self.item_ids: np.ndarray | None = None
+        self._batches = Batches(ROWS)
         self.recommender = RECOMMENDERS[recommender](n_items, hidden_dim, latent_dim, feedback_dim)
         self.lookup = LookupTable(n_items, lookup_dim)
         judges = self.config.judges_items
@@ -293,7 +294,7 @@ class CFSFL(nn.Module):
             exclude: items to leave out besides: ids [.] for all users, or rows in any form that x may have.
             candidates: ids [.] that may be recommended; None for all.
             steps: T; None is the model's own.
-            batch_size: users at once; it changes no answer.
+            batch_size: users at once, fewer where the device has no memory for so many; it changes no answer.
             rescore: where products are narrower than float32, MARGIN more items are listed, their scores computed again
                 from the float32 weights, and the n best of these given.
 
@@ -304,25 +305,26 @@ class CFSFL(nn.Module):
 
         Raises:
             ValueError: n is negative, an id is out of range, or weights or scores are NaN.
+            OutOfMemoryError: the device has no memory for ROWS users.
         """
-        if n < 0 or batch_size < 1:
-            wrong = f"n must be at least 0; got {n}" if n < 0 else f"batch_size must be at least 1; got {batch_size}"
-            raise ValueError(wrong)
+        n, batch_size = whole("n", n, 0), whole("batch_size", batch_size, 1)
         if candidates is not None:
             self._need_whole("candidates")
         histories = as_interactions(x, self.n_items, self.device)
         left_out = self._left_out(exclude, len(histories))
         listed = None if candidates is None else _ids(candidates, self.n_items, "candidates").to(self.device).unique()
+
+        def answer(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            others = None if left_out is None else left_out.take(some)
+            return self._recommend(histories.take(some), n, exclude_seen, others, listed, steps, rescore)
+
         training = self.training
         self.eval()
         try:
             with self.running():
-                found = [
-                    self._recommend(
-                        histories.take(some), n, exclude_seen, left_out and left_out.take(some), listed, steps, rescore
-                    )
-                    for some in torch.arange(len(histories)).split(batch_size)
-                ]
+                # Parts of a model answer together: none of them can go on with fewer users than the others.
+                batches = self._batches if self.shard is None else Batches(batch_size)
+                found = list(batches(torch.arange(len(histories)), batch_size, answer))
         finally:
             self.train(training)
         ids, scores, finite = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -445,10 +447,7 @@ class CFSFL(nn.Module):
             raise ValueError(f"{what} need the whole model; this is part {self.shard.group.rank} of its tables")
 
     def _n_steps(self, steps: int | None) -> int:
-        steps = self.config.steps if steps is None else steps
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0; got {steps}")
-        return steps
+        return whole("steps", self.config.steps if steps is None else steps, 0, MOST_STEPS)
 
     def _padded(self, x: Any) -> tuple[Interactions, int]:
         """Checked histories with empty users behind them, and how many are no padding. With graphs the users' number
@@ -573,9 +572,12 @@ class CFSFL(nn.Module):
             ValueError: a file is truncated, altered or of a newer format; the message names it.
         """
         saved = checkpoint.load_model(Path(folder))
-        with torch.device("meta"):
-            model = cls.from_config(saved.n_items, saved.config, **run_time)
-        checkpoint.check_tensors(Path(folder), saved.tensors, model.state_dict())
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(saved.n_items, saved.config, **run_time)
+        except RuntimeError as error:  # of a size in bytes beyond 64 bits
+            raise ValueError(f"{Path(folder) / checkpoint.CONFIG}: no model has these sizes ({error})") from None
+        checkpoint.check_tensors(Path(folder) / checkpoint.MODEL, saved.tensors, model.state_dict())
         model.load_state_dict(saved.tensors, assign=True)
         model.item_ids = saved.item_ids
         model.restore_memory(saved.memory)

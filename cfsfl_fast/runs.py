@@ -21,6 +21,7 @@ from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
 from cfsfl_fast.plan import free_memory, plan
+from cfsfl_fast.scarcity import OutOfMemoryError
 from cfsfl_fast.stages import STAGES, Epoch, OnEpoch, Trainer, fresh_model
 from cfsfl_fast.training import Optimisers
 
@@ -94,8 +95,8 @@ class Run(Trainer):
         except KeyboardInterrupt:
             log.warning("stopped; the run goes on from its last finished epoch with --resume")
             raise
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; {self.out} keeps the epochs before") from None
+        except (FloatingPointError, OutOfMemoryError) as error:
+            raise type(error)(f"{error}; {self.out} keeps the epochs before") from None
         with backends.flushed_denormals(), self.model.running():
             return self._report()
 
@@ -123,7 +124,10 @@ class Run(Trainer):
 
     def load(self, stage: str) -> None:
         """Reads a stage's best weights."""
-        self.model.load_state_dict(checkpoint.read_tensors(self.out / "stages" / stage / checkpoint.MODEL)[0])
+        self._load(self.out / "stages" / stage)
+
+    def _load(self, folder: Path) -> None:
+        self.model.load_state_dict(checkpoint.read_weights(folder, self.model.state_dict()))
 
     def log_epoch(self, record: Epoch) -> None:
         """A line of metrics.jsonl."""
@@ -173,7 +177,7 @@ class Run(Trainer):
                 name, mine, found = "epochs of stage 1", mine[0], found and found[0]
             if name not in LATER_FIELDS and found != mine:
                 raise ValueError(f"{start} cannot be started from: its {name} = {found!r}, not {mine!r}")
-        progress: dict[str, Any] = json.loads(checkpoint.read_tensors(start / STATE)[1]["progress"])
+        _, progress = read_state(start / STATE)
         if progress["data"] != self.progress["data"]:
             raise ValueError(_other_data(start, progress["data"], self.progress["data"]))
         if "first_step" not in progress:
@@ -184,10 +188,12 @@ class Run(Trainer):
     def _take_over(self, start: Path, theirs: dict[str, Any]) -> None:
         """Makes another run's stage 1 this run's, as if it had been trained here."""
         stage, first = STAGES[0], theirs["first_step"]
-        found = checkpoint.read_tensors(start / "stages" / stage / checkpoint.MODEL)[0]
+        path = start / "stages" / stage / checkpoint.MODEL
+        found = checkpoint.read_tensors(path)[0]
         # The rest of the model has its first weights in stage 1: the seed's, of whatever kind of virtual user this is.
         parts = (name.partition(".") for name in found)
         theta = {rest: found[f"{part}.{rest}"] for part, _, rest in parts if part == "recommender"}
+        checkpoint.check_tensors(path, theta, self.model.recommender.state_dict())
         self.model.recommender.load_state_dict(theta)
         self.begin(stage)
         self.keep(stage)
@@ -209,8 +215,7 @@ class Run(Trainer):
                 raise ValueError(f"{self.out} was started with {name} = {described.get(name)!r}, not {value!r}")
         if not (self.out / STATE).exists():
             return
-        tensors, metadata = checkpoint.read_tensors(self.out / STATE)
-        progress = json.loads(metadata["progress"])
+        tensors, progress = read_state(self.out / STATE)
         if progress["data"] != self.progress["data"]:
             raise ValueError(_other_data(self.out, progress["data"], self.progress["data"]))
         self.progress = progress
@@ -218,7 +223,8 @@ class Run(Trainer):
             parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimiser": {}}
             for name, tensor in tensors.items():
                 part, _, rest = name.partition("/")
-                parts[part][rest] = tensor
+                parts.setdefault(part, {})[rest] = tensor
+            checkpoint.check_tensors(self.out / STATE, parts["model"], self.model.state_dict())
             self.model.load_state_dict(parts["model"])
             self.optimisers = Optimisers(self.model, progress["stage"])
             self.optimisers.restore(parts["optimiser"])
@@ -269,6 +275,31 @@ class Run(Trainer):
 
         self.group.first(write)
         return report
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the progress that a run keeps to go on from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, altered, or no run's.
+    """
+    tensors, metadata = checkpoint.read_tensors(path)
+    try:
+        progress = json.loads(metadata["progress"])
+        counts = (
+            progress["epoch"],
+            progress["step"],
+            progress["lines"],
+            *(b["epoch"] for b in progress["best"].values()),
+        )
+        fits = progress["stage"] in (*STAGES, "done") and set(progress["best"]) <= set(STAGES) and "data" in progress
+        fits = fits and all(isinstance(count, int) and count >= 0 for count in counts)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is not what a run goes on from")
+    return tensors, progress
 
 
 def _described(folder: Path) -> dict[str, Any]:

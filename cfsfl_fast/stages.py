@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsfl_fast import backends
+from cfsfl_fast import backends, scarcity
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.datasets import HeldOut
 from cfsfl_fast.distributed import ALONE, Group
@@ -139,6 +139,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss is NaN or infinite.
+            OutOfMemoryError: the device has no memory for an update.
         """
         with backends.flushed_denormals(), self.model.running():
             while self.progress["stage"] != "done":
@@ -262,17 +263,22 @@ class Trainer:
 
             assert self.optimisers is not None
             self.model.train()
-            sums, self.progress["step"] = run_epoch(
-                self.model,
-                self.histories,
-                self.optimisers,
-                stage,
-                torch.from_numpy(order).to(self.device),
-                (config.seed, number, epoch),
-                self.progress["step"],
-                tick,
-                self.group,
+            what = f"an update of {config.batch_size} users in stage {stage!r} ({self.model.n_items:,} items)"
+            advice = (
+                f"start a run with batch_size={max(1, int(config.batch_size) // 2)} or less, which trains another model"
             )
+            with scarcity.explained(what, advice, self.device):
+                sums, self.progress["step"] = run_epoch(
+                    self.model,
+                    self.histories,
+                    self.optimisers,
+                    stage,
+                    torch.from_numpy(order).to(self.device),
+                    (config.seed, number, epoch),
+                    self.progress["step"],
+                    tick,
+                    self.group,
+                )
         self.group.check_same(list(self.model.parameters()), "the weights")
         seconds = time.perf_counter() - began
         figures = {name: float(value) / n_users for name, value in sums._asdict().items()}

@@ -262,12 +262,17 @@ class Optimisers:
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes `state` back."""
+        """Takes `state` back.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        optimisers = {"main": self.main, "reward": self.reward}
         for path, value in state.items():
-            which, name, key = path.split("/")
-            optimiser = self.main if which == "main" else self.reward
-            assert optimiser is not None
-            parameter = self.named[name]
+            which, name, key = path.split("/") if path.count("/") == 2 else ("", "", "")
+            optimiser, parameter = optimisers.get(which), self.named.get(name)
+            if optimiser is None or parameter is None or value.shape not in (parameter.shape, torch.Size()):
+                raise ValueError(f"no optimiser of this stage has a state {path!r} of shape {tuple(value.shape)}")
             optimiser.state[parameter][key] = value.to(parameter.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,36 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import settings
 
 from cfsfl_fast.datasets import Dataset, Protocol, save_dataset, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
 
 ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("fuzz", max_examples=3000, deadline=20_000)
+"""What `make fuzz` takes: for hours, `--hypothesis-profile` with another of one's own."""
+
+tally: Counter[tuple[str, str]] = Counter()
+"""Bad inputs by (what was fed, what came of it); told at the end of `make fuzz`."""
+
+
+def effort(share: float = 1.0) -> int:
+    """How many inputs a test makes: a share of what hypothesis's profile says, 100 by default."""
+    return max(1, round(share * settings.default.max_examples))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tally, after more than the usual effort."""
+    if effort() <= 100 or not tally:
+        return
+    terminalreporter.section("bad inputs")
+    outcomes = sorted({outcome for _, outcome in tally})
+    terminalreporter.write_line(f"{'':<36}{'inputs':>10}" + "".join(f"{outcome:>12}" for outcome in outcomes))
+    for fed in (*dict.fromkeys(fed for fed, _ in tally), None):
+        row = [sum(n for (f, o), n in tally.items() if fed in (f, None) and o == outcome) for outcome in outcomes]
+        counts = "".join(f"{n:>12,}" for n in row)
+        terminalreporter.write_line(f"{fed or 'together':<36}{sum(row):>10,}{counts}")
 
 
 @pytest.fixture(scope="session", autouse=True)

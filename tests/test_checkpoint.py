@@ -110,7 +110,12 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
         CFSFL.from_pretrained(saved)
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def _written_unchecked(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    digest = checkpoint._file_digest(folder / checkpoint.CONFIG)
+    checkpoint.write_tensors(folder / checkpoint.MODEL, tensors, {"files": json.dumps({checkpoint.CONFIG: digest})})
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     tensors = dict(model.state_dict())
     folder = tmp_path / "model"
@@ -118,12 +123,23 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "tensor 'lookup.weight' is missing": {k: v for k, v in tensors.items() if k != "lookup.weight"},
         "tensor 'extra' is unknown": {**tensors, "extra": torch.zeros(1)},
         r"lookup.weight has shape \(3, 8\), its config says": {**tensors, "lookup.weight": torch.zeros(3, 8)},
+        "lookup.weight holds torch.int64, expected": {**tensors, "lookup.weight": torch.zeros(M, 8).long()},
         "lookup.weight holds NaN": {**tensors, "lookup.weight": torch.full((M, 8), torch.nan)},
     }
+    monkeypatch.setattr(checkpoint, "write_model", _written_unchecked)
     for words, found in cases.items():
         checkpoint.save_model(folder, M, model.config, found, None)
         with pytest.raises(ValueError, match=words):
             CFSFL.from_pretrained(folder)
+
+
+def test_a_model_that_is_nan_is_not_saved(saved: Path) -> None:
+    model = build()
+    with torch.no_grad():
+        model.lookup.weight[3, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"lookup\.weight holds NaN or infinite values"):
+        model.save_pretrained(saved)
+    assert torch.equal(CFSFL.from_pretrained(saved).lookup.weight, build().lookup.weight)
 
 
 def test_item_ids_must_be_one_per_item(tmp_path: Path) -> None:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
-from cfsfl_fast import CFSFL, checkpoint, files
-from cfsfl_fast.datasets import open_dataset, prepared, save_dataset, synthetic_dataset
+from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, training
+from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
+from cfsfl_fast.evaluation import evaluate
+from cfsfl_fast.runs import Run
+from cfsfl_fast.scarcity import OutOfMemoryError
+from tests.chaos import TRAINING as OPTIONS
+from tests.chaos import digests
 from tests.conftest import ROOT
-from tests.test_model import build
+from tests.test_model import build, histories
+from tests.test_training import QUICK
+
+TRAINING = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
 
 
 def test_a_few_kills_of_every_operation() -> None:
@@ -94,9 +109,9 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path
     [
         ("model", checkpoint, "read_json"),
         ("model", checkpoint, "_read_tensors"),
-        ("model", checkpoint, "safe_open"),
+        ("model", safetensors, "safe_open"),
         ("model", checkpoint, "_file_digest"),
-        ("model", np, "load"),
+        ("model", arrays, "map_npy"),
         ("data", prepared, "_read_manifest"),
         ("data", prepared, "_open_array"),
         ("data", prepared, "_open_matrix"),
@@ -150,3 +165,197 @@ def test_a_reader_never_mixes_two_versions(
         assert found == {1}
     assert found == {0}
     assert at > 1
+
+
+# Disks
+
+
+def limited(arguments: list[object], folder: Path, most_bytes: int) -> subprocess.CompletedProcess[str]:
+    """A command in a process that may not write a file beyond so many bytes: as a full disk, for which nobody needs to
+    be root.
+    """
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    return subprocess.run(
+        [sys.executable, "-m", "cfsfl_fast", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=240,
+    )
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(toy_folder: Path, tmp_path: Path) -> None:
+    """Prepare, train and recommend on a disk too small for what they write, then on one that is not."""
+    rows = "".join(f"{u},{i}\n" for u in range(300) for i in range(u % 7, 40, 7))
+    (tmp_path / "raw.csv").write_text("user,item\n" + rows)
+    prepare = ["prepare", "raw.csv", "--out", "data", "--overwrite"]
+    train = ["train", toy_folder, "--out", "run", "--resume", "--device", "cpu", *TRAINING]
+    recommend = ["recommend", "run", "--history", "raw.csv", "--out", "lists.csv", "--device", "cpu"]
+    for arguments, place, too_few, enough in (
+        (prepare, "data", 2_000, 100_000),
+        (train, "run", 60_000, 1_000_000),  # the model fits, what training goes on from does not
+        (recommend, "lists.csv", 5_000, 1_000_000),
+    ):
+        for attempt in range(2):
+            before = digests(tmp_path)
+            found = limited(arguments, tmp_path, too_few)
+            assert found.returncode == 2, found.stdout + found.stderr
+            assert os.strerror(errno.EFBIG) in found.stderr
+            assert place in found.stderr
+            assert len(found.stderr.strip().splitlines()) == 1
+            if place != "run":
+                assert digests(tmp_path) == before
+            if attempt == 0:
+                done = limited(arguments, tmp_path, enough)
+                assert done.returncode == 0, done.stderr
+            if place == "run":
+                break
+    whole = limited([*train[:3], "whole", *train[4:]], tmp_path, 1_000_000)
+    assert whole.returncode == 0, whole.stderr
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.partial-*"))
+
+
+def test_a_read_only_folder_is_one_line(toy_folder: Path) -> None:
+    """As a user who may not write there; root gives up what lets it write everywhere."""
+    override, drop = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
+    prctl = ctypes.CDLL(None).prctl
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(toy_folder, folder / "data")
+        model = build()
+        model.item_ids = np.arange(model.n_items)
+        model.save_pretrained(folder / "model")
+        (folder / "raw.csv").write_text("user,item\n1,2\n")
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        commands = [
+            ["generate", "--users", 300, "--items", 80, "--out", folder / "new"],
+            ["train", folder / "data", "--out", folder / "run", *TRAINING],
+            ["recommend", folder / "model", "--history", folder / "raw.csv", "--out", folder / "lists.csv"],
+        ]
+        try:
+            for arguments in commands:
+                found = subprocess.run(
+                    [sys.executable, "-m", "cfsfl_fast", *map(str, arguments)],
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                    capture_output=True,
+                    text=True,
+                    preexec_fn=lambda: prctl(drop, override, 0, 0, 0) if os.geteuid() == 0 else 0,
+                    timeout=240,
+                )
+                assert found.returncode == 2, found.stdout + found.stderr
+                assert "Permission denied" in found.stderr
+                assert str(arguments[-1 if arguments[0] != "train" else 3]) in found.stderr
+                assert len(found.stderr.strip().splitlines()) == 1
+        finally:
+            folder.chmod(0o755)
+            for path in folder.rglob("*"):
+                path.chmod(0o755)
+
+
+# Memory
+
+
+def scarce(monkeypatch: pytest.MonkeyPatch, module: object, name: str, most: int, rows: Any) -> list[int]:
+    """Makes an operation raise PyTorch's out-of-memory error for more than so many users; gives the sizes it saw."""
+    real, seen = getattr(module, name), []
+
+    def limited_operation(*arguments: Any, **more: Any) -> Any:
+        seen.append(rows(*arguments))
+        if seen[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(module, name, limited_operation)
+    return seen
+
+
+def test_too_little_memory_halves_the_batch_of_an_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = build(), histories(700)
+    expected = model.recommend(x, 20, exclude=[3])
+    judged = evaluate(model.recommend, x, x)
+    seen = scarce(monkeypatch, ops, "linear_topk", 130, lambda u, *_: len(u))
+    for _ in range(2):
+        for one, other in zip(model.recommend(x, 20, exclude=[3]), expected, strict=True):
+            assert torch.equal(one, other)
+    found = evaluate(model.recommend, x, x)
+    assert torch.equal(found.ndcg100, judged.ndcg100)
+    assert torch.equal(found.recall50, judged.recall50)
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "no memory for 512 users at once: 256 from here on",
+        "no memory for 256 users at once: 128 from here on",
+    ]
+    assert max(seen[2:]) <= 130, "once known, the limit holds"
+
+
+def test_no_memory_at_all_ends_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    scarce(monkeypatch, ops, "linear_topk", 0, lambda u, *_: len(u))
+    with pytest.raises(OutOfMemoryError, match="no memory for 23 users at once, the fewest there can be: CUDA out of"):
+        model.recommend(histories())
+    with pytest.raises(OutOfMemoryError, match="no memory for 22 users"):  # with a target; and not again and again
+        evaluate(model.recommend, histories(), histories())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(ops, "linear_topk", broken)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        build().recommend(histories())
+
+
+def test_an_update_that_does_not_fit_stops_the_run_and_loses_nothing(
+    toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CFSFLConfig(**{**QUICK, "batch_size": 40})
+    calls = 0
+    real = training.joint_step
+
+    def joint_step(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return real(*arguments)
+
+    with monkeypatch.context() as scarcely:
+        scarcely.setattr(training, "joint_step", joint_step)
+        with pytest.raises(OutOfMemoryError) as raised:
+            Run(toy, tmp_path / "run", config, show_progress=False).train()
+    message = str(raised.value)
+    assert "cpu has no memory for an update of 40 users in stage 'joint' (40 items)" in message
+    assert "start a run with batch_size=20 or less, which trains another model" in message
+    assert f"{tmp_path / 'run'} keeps the epochs before" in message
+    Run(toy, tmp_path / "run", config, resume=True, show_progress=False).train()
+    Run(toy, tmp_path / "whole", config, show_progress=False).train()
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+def test_weights_that_turn_nan_are_never_written(toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last update of an epoch, whose loss still was a number."""
+    trained = Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), show_progress=False)
+    epoch = trained._epoch
+
+    def poisoned(stage: str, number: int, n_epochs: int) -> dict[str, float]:
+        figures = epoch(stage, number, n_epochs)
+        if stage == "reward":
+            with torch.no_grad():
+                trained.model.reward[0].weight.fill_(torch.nan)
+        return figures
+
+    monkeypatch.setattr(trained, "_epoch", poisoned)
+    with pytest.raises(ValueError, match=r"stages/reward/model\.safetensors: reward.* holds NaN or infinite values"):
+        trained.train()
+    Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), resume=True, show_progress=False).train()
+    Run(toy, tmp_path / "whole", CFSFLConfig(**QUICK), show_progress=False).train()
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """Prepared data on disk: what is written comes back, writing is all or nothing, and damage is named."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from cfsfl_fast.datasets import (
     load_source,
     open_dataset,
     prepare,
+    prepared,
     save_dataset,
     synthetic_dataset,
 )
@@ -101,12 +103,15 @@ def test_the_shared_ones_cannot_be_changed(dataset: Dataset, tmp_path: Path) -> 
 def test_arrays_on_disk_are_plain_and_as_documented(dataset: Dataset, tmp_path: Path) -> None:
     save_dataset(dataset, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     names = {path.stem for path in (tmp_path / "out").glob("*.npy")}
     assert names == set(manifest["arrays"])
     for name in names:
         array = np.load(tmp_path / "out" / f"{name}.npy", allow_pickle=False)
-        assert manifest["arrays"][name] == {"dtype": array.dtype.str, "shape": list(array.shape)}
+        checksum = hashlib.sha256(array.tobytes()).hexdigest()
+        assert manifest["arrays"][name] == {
+            "dtype": array.dtype.str, "shape": list(array.shape), "sha256": checksum
+        }  # fmt: skip
         if name.endswith("_indptr"):
             assert array.dtype == np.int64
         if name.endswith("_indices"):
@@ -244,7 +249,8 @@ def test_rows_that_are_not_ascending_are_found_by_validate(dataset: Dataset, tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "expected format version 1; found 2"),
+        ({"format_version": 3}, "expected format version 1 or 2; found 3"),
+        ({"name": "other", "sha256": "of another"}, "altered, its content does not have the checksum"),
         ({"n_items": "many"}, "expected 'n_items' to be of type int"),
         ({"n_items": 5}, "expected"),
         ({"arrays": {}}, r"item_ids\.npy: expected None; found"),
@@ -254,18 +260,35 @@ def test_rows_that_are_not_ascending_are_found_by_validate(dataset: Dataset, tmp
 def test_damaged_manifest(dataset: Dataset, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     save_dataset(dataset, tmp_path / "out")
     path = tmp_path / "out" / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    manifest = json.loads(path.read_text()) | change
+    if "sha256" not in change:
+        del manifest["sha256"]
+        manifest["sha256"] = prepared._manifest_checksum(manifest)
+    path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"a":' * 100_000])
 def test_manifest_that_is_no_manifest(dataset: Dataset, tmp_path: Path, text: str) -> None:
     save_dataset(dataset, tmp_path / "out")
     (tmp_path / "out" / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=r"dataset\.json: damaged"):
         open_dataset(tmp_path / "out")
     assert not is_prepared(tmp_path / "out")
+
+
+def test_a_folder_without_checksums_still_opens(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_dataset(dataset, tmp_path / "out")
+    path = tmp_path / "out" / "dataset.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    arrays = {name: {k: v for k, v in of.items() if k != "sha256"} for name, of in manifest["arrays"].items()}
+    path.write_text(json.dumps({**manifest, "format_version": 1, "arrays": arrays}))
+    assert_equal(open_dataset(tmp_path / "out", verify=True), dataset)
+    assert "without checksums" in caplog.text
 
 
 def test_places_without_a_prepared_data_set(raw: Path, tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ def test_compact_union_of_all_matrices(tmp_path: Path) -> None:
         ({"all_deltas": np.array([1, 0, 0, 1, 1])}, "all: items of a row must ascend"),
         ({"more_first_user": np.int64(4)}, "more: users 4 .. 4, but n_users is 4"),
         ({"item_ids": np.arange(4)}, "expected 5 integers or texts as item_ids; found int64 (4,)"),
-        ({"user_ids": np.array([None] * 4, object)}, "not a readable compact data set"),
+        ({"user_ids": np.array([None] * 4, object)}, "truncated or damaged"),
     ],
 )
 def test_damaged_compact_file(tmp_path: Path, changes: dict, message: str) -> None:

@@ -108,6 +108,10 @@ def generate(
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
-def describe(data: Path) -> None:
+@click.option("--verify", is_flag=True, help="Also compare the files with their checksums, and check every row.")
+def describe(data: Path, verify: bool) -> None:
     """Users, items, events and how they are spread."""
-    click.echo(open_dataset(data).describe())
+    dataset = open_dataset(data, verify=verify)
+    if verify:
+        dataset.validate()
+    click.echo(dataset.describe())

@@ -41,7 +41,7 @@ def evaluate_command(
     """Recall and NDCG of a trained model on held-out users. Processes of torchrun share the users."""
     where = torch_device(device)
     model = CFSFL.from_pretrained(run, where, **run_time)
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, verify=True)
     check_items(model, dataset)
     held_out = getattr(dataset, split)
     with processes(where) as group:

@@ -60,7 +60,7 @@ def train(
     with processes(where) as group:
         told = TensorBoard(out / "tensorboard") if tensorboard and group.is_first else None
         run = Run(
-            open_dataset(data),
+            open_dataset(data, verify=True),
             out,
             config,
             device=where,

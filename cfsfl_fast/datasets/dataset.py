@@ -158,6 +158,16 @@ def pairs_to_csr(rows: NDArray[Any], columns: NDArray[Any], shape: tuple[int, in
     return matrix
 
 
+def check_counts(name: str, claimed: int, held: int, what: str, by: str) -> None:
+    """Refuses a count that takes memory and that what a file holds does not explain: a damaged one, or a trap.
+
+    Raises:
+        ValueError: it is negative, or above 2^16 and 16 times what the file holds.
+    """
+    if not 0 <= claimed <= max(1 << 16, 16 * held):
+        raise ValueError(f"{name}: {claimed:,} {what} are claimed, but the file holds {held:,} {by}")
+
+
 def check_matrix(matrix: sp.csr_matrix, n_items: int, name: str) -> None:
     """What must hold before compiled code may touch the matrix.
 
@@ -169,7 +179,7 @@ def check_matrix(matrix: sp.csr_matrix, n_items: int, name: str) -> None:
     indptr, indices = matrix.indptr, matrix.indices
     if indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
         raise ValueError(f"{name}: expected row starts ascending from 0 to {len(indices)}; found others")
-    if len(indices) and (indices.min() < 0 or indices.max() >= n_items):
+    if len(indices) and indices.view(f"u{indices.itemsize}").max() >= n_items:  # a negative id counts as a huge one
         found = f"{indices.min()} .. {indices.max()}"
         raise ValueError(f"{name}: expected item indices in 0 .. {n_items - 1}; found {found}")
 

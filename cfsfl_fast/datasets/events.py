@@ -118,7 +118,14 @@ class _Encoder:
     def finish(self) -> tuple[Ids, NDArray[np.int32]]:
         if not self._is_text:
             return _encode_integers(self._integers)
-        texts = np.array([text.decode() for text in self._code_of], dtype=np.str_)
+        found = [text.decode() for text in self._code_of]
+        longest = max(found, key=len, default="")
+        if (size := 4 * len(longest) * len(found)) > max(1 << 28, 256 * sum(map(len, found))):
+            raise ValueError(
+                f"{len(found):,} identifiers would take {size:,} bytes, as the longest of them has {len(longest)} "
+                f"characters: {longest[:60]!r}..."
+            )
+        texts = np.array(found, dtype=np.str_)
         order = np.argsort(texts, kind="stable")
         rank = np.empty(len(order), np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)

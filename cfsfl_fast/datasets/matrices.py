@@ -6,7 +6,6 @@ and `NAME_first_user`, the user that row 0 of NAME is.
 """
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_matrix, pairs_to_csr
+from cfsfl_fast.arrays import check_npz
+from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_counts, check_matrix, pairs_to_csr
 from cfsfl_fast.datasets.events import Events, collect
 from cfsfl_fast.datasets.table import Chunk, Ids
 
 SPLIT_NAMES = ("train", "vad_tr", "vad_te", "test_tr", "test_te")
-_DAMAGE = (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def npz_format(path: Path) -> str | None:
@@ -43,19 +42,30 @@ def matrix_events(matrix: Any, name: str) -> Events:
     """Events of a sparse matrix, users x items, row after row. Explicit zeros are dropped and counted.
 
     Raises:
-        ValueError: not two-dimensional, or NaN or infinite values.
+        ValueError: not two-dimensional, damaged, or values that are no finite real numbers.
     """
     if not sp.issparse(matrix) or len(matrix.shape) != 2:
         raise ValueError(f"{name}: expected a sparse matrix of users x items; found {type(matrix).__name__}")
-    table = matrix.tocsr()
-    values = table.data.astype(np.float64)
-    rows = np.repeat(np.arange(table.shape[0], dtype=np.int64), np.diff(table.indptr))
+    if matrix.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected real numbers as ratings; found {matrix.dtype}")
+    if matrix.format in ("csr", "csc", "bsr"):
+        try:
+            matrix.check_format(full_check=True)  # compiled code walks it from here on
+        except ValueError as error:
+            raise ValueError(f"{name}: damaged sparse matrix ({error})") from error
+    if matrix.format == "csr":
+        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+        items, values = matrix.indices, matrix.data.astype(np.float64)
+    else:  # not by tocsr: it takes memory for every row that the shape claims
+        cells = matrix.tocoo()
+        order = np.lexsort((cells.col, cells.row))
+        rows, items, values = cells.row[order].astype(np.int64), cells.col[order], cells.data[order].astype(np.float64)
     finite = np.isfinite(values)
     if not finite.all():
         at = int(np.argmin(finite))
         raise ValueError(f"{name}, row {rows[at]}: expected finite ratings; found {values[at]}")
     keep = values != 0
-    chunk = Chunk(rows[keep], table.indices[keep].astype(np.int64), values[keep])
+    chunk = Chunk(rows[keep], items[keep].astype(np.int64), values[keep])
     return collect([chunk], name, explicit_zeros=int((~keep).sum()))
 
 
@@ -65,15 +75,11 @@ def read_scipy(path: Path) -> Events:
     Raises:
         ValueError: a damaged file, or what `matrix_events` refuses.
     """
+    check_npz(path)
     try:
         matrix = sp.load_npz(path)
-    except _DAMAGE as error:
+    except Exception as error:  # whatever SciPy stumbles over, it is the file
         raise ValueError(f"{path.name}: not a readable sparse matrix ({error})") from error
-    try:
-        if matrix.format in ("csr", "csc", "bsr"):
-            matrix.check_format(full_check=True)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: damaged sparse matrix ({error})") from error
     return matrix_events(matrix, path.name)
 
 
@@ -90,13 +96,17 @@ class Compact:
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
+        check_npz(path)
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {key: stored[key] for key in stored.files}
-            self.n_users, self.n_items = int(arrays["n_users"]), int(arrays["n_items"])
-        except (*_DAMAGE, TypeError) as error:
+        except Exception as error:  # whatever NumPy stumbles over, it is the file
             raise ValueError(f"{path.name}: not a readable compact data set ({error})") from error
+        self.n_users, self.n_items = (self._number(arrays, key) for key in ("n_users", "n_items"))
         names = [key.removesuffix("_counts") for key in arrays if key.endswith("_counts")]
+        check_counts(self.name, self.n_users, sum(arrays[f"{name}_counts"].size for name in names), "users", "rows")
+        n_events = sum(arrays.get(f"{name}_deltas", np.empty(0)).size for name in names)
+        check_counts(self.name, self.n_items, n_events, "items", "events")
         self.matrices = {name: self._decode(arrays, name) for name in names}
         self.user_ids = self._ids(arrays, "user_ids", self.n_users)
         self.item_ids = self._ids(arrays, "item_ids", self.n_items)
@@ -141,9 +151,10 @@ class Compact:
         where = f"{self.name}: {name}"
         if f"{name}_deltas" not in arrays:
             raise ValueError(f"{where}: {name}_counts without {name}_deltas")
-        counts, deltas = (arrays[f"{name}_{part}"].astype(np.int64) for part in ("counts", "deltas"))
-        first = int(arrays.get(f"{name}_first_user", np.zeros(1, np.int64)).ravel()[0])
-        if counts.ndim != 1 or (counts < 0).any() or counts.sum() != len(deltas):
+        counts, deltas = (self._integers(arrays, f"{name}_{part}") for part in ("counts", "deltas"))
+        first = self._number(arrays, f"{name}_first_user") if f"{name}_first_user" in arrays else 0
+        inside = len(counts) == 0 or 0 <= counts.min() <= counts.max() <= len(deltas)
+        if not inside or counts.sum() != len(deltas):
             raise ValueError(f"{where}: the counts add up to {counts.sum()}; found {len(deltas)} deltas")
         if first < 0 or first + len(counts) > self.n_users:
             raise ValueError(f"{where}: users {first} .. {first + len(counts) - 1}, but n_users is {self.n_users}")
@@ -161,12 +172,30 @@ class Compact:
         check_matrix(matrix, self.n_items, where)
         return matrix, first
 
+    def _number(self, arrays: dict[str, NDArray[Any]], key: str) -> int:
+        if key not in arrays or arrays[key].size != 1 or arrays[key].dtype.kind not in "iu":
+            found = f"{arrays[key].dtype} {arrays[key].shape}" if key in arrays else "none"
+            raise ValueError(f"{self.name}: expected one whole number as {key}; found {found}")
+        return int(arrays[key].ravel()[0])
+
+    def _integers(self, arrays: dict[str, NDArray[Any]], key: str) -> NDArray[np.int64]:
+        if arrays[key].ndim != 1 or arrays[key].dtype.kind not in "iu":
+            found = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise ValueError(f"{self.name}: expected a row of whole numbers as {key}; found {found}")
+        return arrays[key].astype(np.int64)
+
     def _ids(self, arrays: dict[str, NDArray[Any]], key: str, size: int) -> Ids:
         if key not in arrays:
             return np.arange(size, dtype=np.int64)
         ids = arrays[key]
         if ids.shape != (size,) or ids.dtype.kind not in "iuU":
             raise ValueError(f"{self.name}: expected {size} integers or texts as {key}; found {ids.dtype} {ids.shape}")
+        if ids.dtype.kind == "u" and ids.size and ids.max() >= 2**63:
+            raise ValueError(f"{self.name}: expected {key} below 2^63; found {ids.max()}")
+        if len(np.unique(ids)) != size:
+            raise ValueError(
+                f"{self.name}: expected every id once in {key}; found {size - len(np.unique(ids))} repeated"
+            )
         return ids if ids.dtype.kind == "U" else ids.astype(np.int64)
 
 

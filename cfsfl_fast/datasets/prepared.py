@@ -1,15 +1,22 @@
-"""A prepared data set on disk: plain `.npy` arrays and `dataset.json`, written atomically, opened by memory maps."""
+"""A prepared data set on disk: plain `.npy` arrays and `dataset.json`, written atomically, opened by memory maps.
 
+What is checked when: opening compares the manifest with its checksum, every array's type and length with the manifest,
+and makes sure that no row start and no item id points outside; it reads the ids once, at the speed of memory. The
+checksums of the arrays are compared on demand, `open_dataset(path, verify=True)`: about a second per gigabyte.
+"""
+
+import hashlib
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from cfsfl_fast import arrays as stored
 from cfsfl_fast import files
 from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_matrix
 from cfsfl_fast.datasets.matrices import Compact, npz_format
@@ -18,7 +25,9 @@ from cfsfl_fast.datasets.readers import Columns, events_of, find_source
 from cfsfl_fast.datasets.sources import is_zip
 from cfsfl_fast.datasets.splits import read_split
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2  # 1 had no checksums
 MANIFEST = "dataset.json"
 _MATRICES = ("train", "validation_fold_in", "validation_targets", "test_fold_in", "test_targets")
 _IDS = ("item_ids", "train_user_ids", "validation_user_ids", "test_user_ids")
@@ -120,9 +129,9 @@ def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) 
         arrays: dict[str, dict[str, Any]] = {}
         for name, array in _arrays(dataset).items():
             path = partial / f"{name}.npy"
-            np.save(path, array, allow_pickle=False)
+            stored.write_npy(path, array)
             files.sync(path)
-            arrays[name] = {"dtype": array.dtype.str, "shape": list(array.shape)}
+            arrays[name] = {**_kind(array), "sha256": _checksum(array)}
         manifest = {
             "format_version": FORMAT_VERSION,
             "name": dataset.name,
@@ -130,15 +139,19 @@ def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) 
             "report": dataset.report,
             "arrays": arrays,
         }
+        manifest["sha256"] = _manifest_checksum(manifest)
         files.write_bytes(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
         _check_replaceable(out, overwrite)  # again: somebody may have written there meanwhile
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, *, verify: bool = False) -> Dataset:
     """Opens a prepared folder through memory maps, or a compact `.npz` directly.
 
     A compact file that brings train, vad_tr, vad_te, test_tr and test_te is taken as that split; of any other the union
     of all matrices is split by the preset "none".
+
+    Args:
+        verify: also compare every array with its checksum, which reads all of it.
 
     Raises:
         FileNotFoundError: nothing is at `path`.
@@ -153,13 +166,18 @@ def open_dataset(path: str | Path) -> Dataset:
                 f"{path.name}: expected a prepared folder or a compact .npz; raw data needs `prepare` first"
             )
         return load_source(path)
-    return files.read_whole(path, _open_folder)
+    return files.read_whole(path, lambda folder: _open_folder(folder, verify))
 
 
-def _open_folder(path: Path) -> Dataset:
+def _open_folder(path: Path, verify: bool) -> Dataset:
     manifest = _read_manifest(path)
-    arrays = {name: _open_array(path, name, manifest) for name in _ARRAYS}
+    if verify and manifest["format_version"] == 1:
+        log.warning("%s was prepared without checksums: there is nothing to compare it with", path)
+        verify = False
+    arrays = {name: _open_array(path, name, manifest, verify) for name in _ARRAYS}
     n_items = manifest["n_items"]
+    if len(arrays["item_ids"]) != n_items:
+        raise ValueError(f"{path / 'item_ids.npy'}: expected {n_items} ids; found {len(arrays['item_ids'])}")
     largest = max(len(arrays[f"{name}_indices"]) for name in _MATRICES)
     ones = np.ones(largest, np.float32)
     ones.flags.writeable = False  # five matrices share it
@@ -171,8 +189,6 @@ def _open_folder(path: Path) -> Dataset:
         if matrices[name].shape[0] != expected:
             found = matrices[name].shape[0]
             raise ValueError(f"{path / f'{name}_indptr.npy'}: expected {expected} rows; found {found}")
-    if len(arrays["item_ids"]) != n_items:
-        raise ValueError(f"{path / 'item_ids.npy'}: expected {n_items} ids; found {len(arrays['item_ids'])}")
     validation, test = (
         HeldOut(matrices[f"{part}_fold_in"], matrices[f"{part}_targets"], arrays[f"{part}_user_ids"])
         for part in ("validation", "test")
@@ -229,10 +245,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format version {FORMAT_VERSION}; found {version!r}")
+    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        raise ValueError(f"{path}: expected format version 1 or {FORMAT_VERSION}; found {version!r}")
+    checksum = manifest.pop("sha256", None)
+    if version == FORMAT_VERSION and checksum != _manifest_checksum(manifest):
+        raise ValueError(f"{path}: altered, its content does not have the checksum that was written with it")
     kinds = {"name": str, "n_items": int, "report": dict, "arrays": dict}
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
@@ -241,34 +260,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return checked
 
 
-def _open_array(folder: Path, name: str, manifest: dict[str, Any]) -> NDArray[Any]:
+def _open_array(folder: Path, name: str, manifest: dict[str, Any], verify: bool) -> NDArray[Any]:
     path = folder / f"{name}.npy"
     try:
-        array = _open_flat(path)
-    except (OSError, ValueError, EOFError) as error:
+        array = stored.map_npy(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: missing, truncated or damaged ({error})") from error
-    found = {"dtype": array.dtype.str, "shape": list(array.shape)}
-    expected = manifest["arrays"].get(name)
-    if found != expected:
+    described = manifest["arrays"].get(name)
+    expected = {key: described.get(key) for key in ("dtype", "shape")} if isinstance(described, dict) else described
+    if (found := _kind(array)) != expected:
         raise ValueError(f"{path}: expected {expected}; found {found}")
     kinds = "iU" if name in _IDS else "i"
     if array.dtype.kind not in kinds or array.ndim != 1:
         raise ValueError(f"{path}: expected a row of integers{' or texts' if kinds == 'iU' else ''}; found {found}")
+    if verify and _checksum(array) != described.get("sha256"):
+        raise ValueError(f"{path}: altered, its content does not have the checksum that was written with it")
     return array
 
 
-def _open_flat(path: Path) -> NDArray[Any]:
-    with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        expected, found = file.tell() + int(np.prod(shape)) * dtype.itemsize, path.stat().st_size
-    if expected != found:
-        raise ValueError(f"expected {expected} bytes; found {found}")
-    if 0 in shape:
-        return np.empty(shape, dtype)  # nothing cannot be mapped
-    mapped: NDArray[Any] = np.asarray(open_memmap(path, mode="r"))
-    return mapped
+def _kind(array: NDArray[Any]) -> dict[str, Any]:
+    return {"dtype": array.dtype.str, "shape": list(array.shape)}
+
+
+def _checksum(array: NDArray[Any]) -> str:
+    return hashlib.sha256(array.view(np.uint8).data if array.size else b"").hexdigest()
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _open_matrix(

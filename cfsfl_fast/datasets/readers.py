@@ -230,9 +230,7 @@ def _text_chunks(source: Source, columns: Columns, progress: Progress | None, bl
 
 def _lines(file: SourceFile, progress: Progress | None, block_bytes: int) -> Iterator[Lines]:
     for block, first_line in read_blocks(file, block_bytes, progress):
-        lines = split_lines(block, first_line, file.name)
-        if len(lines.start):
-            yield lines
+        yield from split_lines(block, first_line, file.name).pieces()
 
 
 def _netflix_chunks(file: SourceFile, progress: Progress | None, block_bytes: int) -> Iterator[Chunk]:

@@ -20,11 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
+from cfsfl_fast.arrays import check_ratio
+
 BLOCK_BYTES = 4 << 20
 LONGEST_LINE = 1 << 20
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
-_DAMAGE = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
+_DAMAGE = (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
 _UTF16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
@@ -118,6 +120,8 @@ def _zip_members(path: Path) -> list[SourceFile]:
     def member(info: zipfile.ZipInfo) -> SourceFile:
         @contextmanager
         def opened() -> Iterator[BufferedReader]:
+            with _explained(path.name):
+                check_ratio(info.file_size, info.compress_size)
             with zipfile.ZipFile(path) as archive, archive.open(info) as raw:
                 yield cast(BufferedReader, raw)
 
@@ -179,12 +183,15 @@ def read_blocks(
     """
     if progress is not None:
         progress.next_file()
-    line, rest, at_start = 1, b"", True
+    line, rest, at_start, n_read = 1, b"", True, 0
     with file.opened() as raw:
         stream = _decompressed(raw)
         while True:
             with _explained(file.name):
                 data = stream.read(block_bytes)
+                n_read += len(data)
+                if stream is not raw:
+                    check_ratio(n_read, raw.tell())
             if at_start and data:
                 while len(data) < 4:  # a tiny block size must not split the byte order mark
                     more = stream.read(block_bytes)

@@ -1,17 +1,17 @@
 """A split that somebody made: five csv files of `uid,sid`, in a folder or an archive, as a `Dataset`."""
 
+import re
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cfsfl_fast.datasets.dataset import Dataset, pairs_to_csr
-from cfsfl_fast.datasets.events import encode
+from cfsfl_fast.datasets.dataset import Dataset, check_counts, pairs_to_csr
 from cfsfl_fast.datasets.matrices import held_out_counts, with_targets
 from cfsfl_fast.datasets.readers import SPLIT_FILES, Columns, Source, csv_layout
 from cfsfl_fast.datasets.sources import SourceFile, read_blocks
-from cfsfl_fast.datasets.table import Ids, Ints, Lines, parse_lines, split_lines
+from cfsfl_fast.datasets.table import MAX_ID_BYTES, Ids, Ints, Lines, parse_lines, split_lines
 
 
 def read_split(source: Source) -> Dataset:
@@ -29,7 +29,9 @@ def read_split(source: Source) -> Dataset:
     names = _read_list(files["unique_uid.txt"]) if "unique_uid.txt" in files else None
     n_items = 1 + max(int(items.max(initial=-1)) for _, items in pairs.values())
     n_users = 1 + max(int(users.max(initial=-1)) for users, _ in pairs.values())
+    n_events = sum(len(users) for users, _ in pairs.values())
     if item_ids is None:
+        check_counts(source.path.name, n_items, n_events, "items", "events")
         item_ids = np.arange(n_items, dtype=np.int64)
     elif n_items > len(item_ids):
         raise ValueError(f"{source.path.name}: item {n_items - 1}, but unique_sid.txt names {len(item_ids)}")
@@ -72,18 +74,20 @@ def _read_pairs(file: SourceFile) -> tuple[Ints, Ints]:
 
 
 def _read_list(file: SourceFile) -> Ids:
-    texts: list[bytes] = []
+    texts: list[str] = []
     for block, first_line in read_blocks(file):
         lines: Lines = split_lines(block, first_line, file.name)
-        texts += [lines.text(row).strip().encode() for row in range(len(lines.start))]
-    ids, codes = encode(np.array([int(text) for text in texts]) if _all_integers(texts) else np.array(texts, np.bytes_))
-    if len(ids) != len(texts):
-        raise ValueError(f"{file.name}: expected every id once; found {len(texts)} lines and {len(ids)} ids")
-    return ids[codes]
+        for row in range(len(lines.start)):
+            texts.append(lines.text(row).strip())
+            if len(texts[-1]) > MAX_ID_BYTES:
+                lines.malformed(row, f"identifiers of at most {MAX_ID_BYTES} bytes")
+    if len(set(texts)) != len(texts):
+        raise ValueError(f"{file.name}: expected every id once; found {len(texts)} lines and {len(set(texts))} ids")
+    return np.array([int(text) for text in texts], np.int64) if _all_integers(texts) else np.array(texts, np.str_)
 
 
-def _all_integers(texts: list[bytes]) -> bool:
-    return all(len(text) <= 18 and text.isdigit() and (text == b"0" or not text.startswith(b"0")) for text in texts)
+def _all_integers(texts: list[str]) -> bool:
+    return all(re.fullmatch("0|[1-9][0-9]{0,17}", text) for text in texts)
 
 
 def _matrix(pairs: tuple[Ints, Ints], users: Ints, n_items: int) -> sp.csr_matrix:

@@ -6,6 +6,7 @@ A field is a pair of positions in the block. Identifiers are `int64` where every
 """
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,7 +17,8 @@ Ints = NDArray[np.int64]
 Ids = NDArray[Any]
 _NEWLINE, _RETURN, _SPACE, _MINUS, _DOT, _ZERO = b"\n\r -.0"
 _MAX_DIGITS = 18
-_MAX_ID_BYTES = 512
+MAX_ID_BYTES = 512
+_MAX_TABLE_BYTES = 1 << 26
 _MAX_FIXED_POINT = 15
 _TEN_TO = 10.0 ** np.arange(_MAX_FIXED_POINT + 1)
 _SEPARATOR = b"\x1f"
@@ -66,6 +68,16 @@ class Lines:
         """All but the first line; its delimiters are wiped out so that nothing counts them."""
         until = int(self.start[1]) if len(self.start) > 1 else len(self.data)
         return replace(self.select(np.arange(len(self.start)) > 0), data=b"\n" * until + self.data[until:])
+
+    def pieces(self) -> Iterator["Lines"]:
+        """The same lines, in parts whose identifiers take at most _MAX_TABLE_BYTES as a table, however long one is."""
+        longest = int((self.stop - self.start).max(initial=1))
+        rows = max(1, _MAX_TABLE_BYTES // min(longest, MAX_ID_BYTES))
+        for first in range(0, len(self.start), rows):
+            last = first + rows
+            begin, end = int(self.start[first]), int(self.start[last]) if last < len(self.start) else len(self.data)
+            start, stop = self.start[first:last] - begin, self.stop[first:last] - begin
+            yield Lines(self.name, self.data[begin:end], start, stop, self.number[first:last])
 
     def text(self, row: int) -> str:
         """The line without its end."""
@@ -182,8 +194,8 @@ def _integers(buffer: NDArray[np.uint8], start: Ints, stop: Ints) -> tuple[Ints,
 def _texts(buffer: NDArray[np.uint8], start: Ints, stop: Ints, lines: Lines) -> Ids:
     length = stop - start
     width = int(length.max())
-    if width > _MAX_ID_BYTES:
-        lines.malformed(int(np.argmax(length)), f"identifiers of at most {_MAX_ID_BYTES} bytes")
+    if width > MAX_ID_BYTES:
+        lines.malformed(int(np.argmax(length)), f"identifiers of at most {MAX_ID_BYTES} bytes")
     table = np.zeros((len(start), width), np.uint8)
     before = np.cumsum(length) - length
     inside = np.arange(width) < length[:, None]
