@@ -95,7 +95,10 @@ def implementation(name: str) -> Any:
 @contextlib.contextmanager
 def use_shard(shard: Shard | None) -> Iterator[None]:
     """Inside, every table is the part of a table that `shard` says; None leaves it to those around."""
-    token = _shard.set(_shard.get() if shard is None else shard)
+    if shard is None:  # nothing to set, which torch.compile could not trace
+        yield
+        return
+    token = _shard.set(shard)
     try:
         yield
     finally:
