@@ -20,7 +20,7 @@ class CFSFLConfig:
     """What CF-SFL computes and how it is trained; the defaults are the best that was measured.
 
     Model
-        recommender: "vae" (Mult-VAE), "dae", "vae-gaussian", "vae-linear", "mf" or "warp".
+        recommender: "vae" (Mult-VAE), "dae", "vae-gaussian", "vae-linear", "mf", "warp" or "recvae".
         steps: T, feedback steps; T = 0 is the plain recommender.
         top_k: K, items of the list that the virtual user sees.
         action: how the list enters h(x, a), forward and backward.
@@ -40,11 +40,13 @@ class CFSFLConfig:
         mask_kept: in the "heldout" reading, what was seen leaves the softmax.
         kl: "annealed" weighs the KL term by beta = min(kl_cap, step / anneal_steps); "per_user" weighs user u's by
             kl_gamma |x_u| beta / kl_cap, the same ramp. "none" leaves it out (the paper's VAE-(beta = 0)).
-        kl_cap: greatest beta; "auto" is 0.05 with a squared loss, else 0.2.
+        kl_gamma: "auto" is 0.005 for "recvae", else 0.0025.
+        kl_cap: greatest beta; "auto" is 0.05 for "vae-gaussian" and "vae-linear", else 0.2.
         anneal_steps: steps in which beta would reach 1; "auto" reaches the cap after 85 % of all updates.
         reward_weight: lambda_adv of the adversarial term in (7).
         reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
-        l2: penalty l2 / batch_size ||W||^2 on the recommender's weights; "auto" is 0.05 for "mf" and "warp", else 0.01.
+        l2: penalty l2 / batch_size ||W||^2 on the recommender's weights; "auto" is 0.05 for "mf" and "warp", 0 for
+            "recvae", else 0.01.
         noise: one draw of the latent noise for all steps of an update ("shared") or one per step ("fresh").
         loss_steps: stage 3's supervised loss is that of s^T ("last"), or the mean over s^0 to s^T ("all").
         gradient_through_time: gradients run through the whole loop; if not, no pass of the recommender but the last has
@@ -80,7 +82,7 @@ class CFSFLConfig:
 
     mask_kept: bool = True
     kl: str = "per_user"
-    kl_gamma: float = 0.0025
+    kl_gamma: float | str = "auto"
     kl_cap: float | str = "auto"
     anneal_steps: int | str = "auto"
     reward_weight: float = 1.0
@@ -258,7 +260,7 @@ MOST_STEPS = 10_000
 
 FEEDBACK_INPUTS = ("history", "list", "reward")
 
-RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp")
+RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp", "recvae")
 
 _CHOICES = {
     "recommender": RECOMMENDER_NAMES,
@@ -274,7 +276,8 @@ _CHOICES = {
 }
 _OF_RECOMMENDER = {
     "kl_cap": ({"vae-gaussian": 0.05, "vae-linear": 0.05}, 0.2),
-    "l2": ({"mf": 0.05, "warp": 0.05}, 0.01),
+    "kl_gamma": ({"recvae": 0.005}, 0.0025),
+    "l2": ({"mf": 0.05, "warp": 0.05, "recvae": 0.0}, 0.01),
 }
 """What "auto" is for some recommenders, and for all others."""
 

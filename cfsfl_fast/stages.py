@@ -5,6 +5,7 @@ In memory; `runs.Run` keeps the same in a folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -267,7 +268,8 @@ class Trainer:
             advice = (
                 f"start a run with batch_size={max(1, int(config.batch_size) // 2)} or less, which trains another model"
             )
-            with scarcity.explained(what, advice, self.device):
+            trained = self.model.recommender.epoch(epoch) if self.optimisers.main else contextlib.nullcontext()
+            with trained, scarcity.explained(what, advice, self.device):
                 sums, self.progress["step"] = run_epoch(
                     self.model,
                     self.histories,

@@ -6,6 +6,7 @@ same weights.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,9 +46,17 @@ class View(NamedTuple):
     mask: tuple[Tensor, Tensor] | None  # left out of the softmax
     sizes: Tensor  # |x|. [B]
     share: Tensor  # what each user adds to a mean over users: 1 / B, or 0 for nobody. [B]
+    whole: Interactions  # x
 
 
-def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int | Tensor, share: Tensor | None = None) -> View:
+def view(
+    x: Interactions,
+    users: Tensor,
+    config: CFSFLConfig,
+    *keys: int | Tensor,
+    share: Tensor | None = None,
+    denoises: bool = True,
+) -> View:
     """The histories of some users with a fresh dropout mask.
 
     Args:
@@ -56,16 +65,19 @@ def view(x: Interactions, users: Tensor, config: CFSFLConfig, *keys: int | Tenso
         config: dropout and reading.
         *keys: more keys of the mask, as the epoch.
         share: what each adds to a mean, where these are not all the users of a batch. [B]
+        denoises: hide a share of the history also in the "full" reading.
     """
+    if config.reading == "full" and not denoises:
+        config = dataclasses.replace(config, dropout=0.0)
     kept = noise.uniform(DROPOUT, *keys, x.spread(users), x.items, device=users.device) >= config.dropout
     entries = x.unit_weights() / (1 - config.dropout)
     share = losses.shares(users >= 0) if share is None else share
     if config.reading == "full":
-        return View(x, entries * kept, x, x, None, None, x.counts, share)
+        return View(x, entries * kept, x, x, None, None, x.counts, share, x)
     seen = x.where(kept)
     exclude = seen.csr
     mask = exclude if config.mask_kept else None
-    return View(seen, x.pick(kept, entries), seen, x.where(~kept), exclude, mask, x.counts, share)
+    return View(seen, x.pick(kept, entries), seen, x.where(~kept), exclude, mask, x.counts, share, x)
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def _kl_weight(batch: View, config: CFSFLConfig, step: int | Tensor) -> Tensor |
     cap = float(config.kl_cap)
     beta = losses.annealed_beta(step, config.anneal_steps, cap)
     if config.kl == "per_user" and cap:
-        return config.kl_gamma * beta / cap * batch.sizes
+        return float(config.kl_gamma) * beta / cap * batch.sizes
     return beta
 
 
@@ -113,9 +125,15 @@ def _supervised(
     model: CFSFL, batch: View, code: Code, output: ops.Table, step: int | Tensor, k: int = 0, state: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_sup of one pass, mean over users, and the list of its K best items."""
-    kl_weight = _kl_weight(batch, model.config, step)
     loss, ids, scores = model.recommender.loss(
-        code, output, *batch.targets.csr, exclude=batch.mask, kl_weight=kl_weight, k=k, state=state
+        code,
+        output,
+        *batch.targets.csr,
+        exclude=batch.mask,
+        kl_weight=_kl_weight(batch, model.config, step),
+        prior=model.recommender.prior(*batch.whole.csr, batch.whole.unit_weights()),
+        k=k,
+        state=state,
     )
     return losses.mean(loss, batch.share), ids, scores
 
@@ -301,7 +319,7 @@ def update(optimiser: torch.optim.Adam, loss: Tensor, group: Group = ALONE) -> N
 
     Where a group shares the batch, down the sum of its processes' losses.
     """
-    parameters = [p for part in optimiser.param_groups for p in part["params"]]
+    parameters = [p for part in optimiser.param_groups for p in part["params"] if p.requires_grad]
     found = zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
     used = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
     for (parameter, _), gradient in zip(used, group.sums([gradient for _, gradient in used]), strict=True):
@@ -375,7 +393,13 @@ class Updates:
             self.graphs.run(
                 self._update,
                 *([users] if self._shares_batch else [users, others]),
-                key=(self.capacity, self.model.config, self.model.precision, backends.resolve(users.device)),
+                key=(
+                    self.capacity,
+                    self.model.config,
+                    self.model.precision,
+                    backends.resolve(users.device),
+                    self.model.recommender.phase,
+                ),
                 reads=[*self.model.parameters(), *self.model.buffers(), self.histories.items, self.keys],
             )
 
@@ -387,7 +411,8 @@ class Updates:
         config = self.model.config
         users, share = self.group.part(everyone, -1), self.group.part(losses.shares(everyone >= 0), 0)
         keys: tuple[int | Tensor, ...] = (*self.keys.unbind(), *more)
-        return view(self._whole(users), users, config, *keys, share=share), Noise(
+        denoises = self.model.recommender.denoises
+        return view(self._whole(users), users, config, *keys, share=share, denoises=denoises), Noise(
             users, config.latent_dim, config.noise == "fresh", keys
         )
 

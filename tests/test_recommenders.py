@@ -19,7 +19,7 @@ from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.recommenders import RECOMMENDERS
 from cfsfl_fast.runs import Run
-from cfsfl_fast.training import Noise, joint_step, recommender_step, view
+from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step, run_epoch, view
 from tests.conftest import clusters
 
 SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}
@@ -34,6 +34,8 @@ def build(name: str, **choices: Any) -> CFSFL:
     model = CFSFL.from_config(M, config)
     torch.nn.init.normal_(model.recommender.input.feedback)
     torch.nn.init.normal_(model.recommender.output.bias, std=0.3)
+    for old in model.recommender.buffers():  # an encoder that has moved on since
+        old.add_(torch.randn_like(old), alpha=0.1)
     return model
 
 
@@ -51,8 +53,8 @@ def test_the_config_knows_every_recommender() -> None:
 # The losses, written down a second time
 
 
-def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """u and the KL term of dense pre-activations, by SPEC 6. [B, H'], [B]"""
+def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """u and the KL term of dense pre-activations, [B, H'], [B]; x_hat: whole histories, for RecVAE's prior."""
 
     def layer(x: Tensor, which: str) -> Tensor:
         return x @ p[f"{which}.weight"].T + p[f"{which}.bias"]
@@ -62,6 +64,19 @@ def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor) -> tupl
         return inner, none
     if name == "dae":
         return torch.tanh(layer(torch.tanh(layer(torch.tanh(inner), "code")), "hidden")), none
+    if name == "recvae":
+        normal, mixture = torch.distributions.Normal, torch.distributions.MixtureSameFamily
+        mu, logvar = rec_encoder(p, "encoder", inner)
+        old = rec_encoder(p, "old_encoder", x_hat @ p["old_input.weight"] + p["old_input.bias"])
+        z, zero = mu + eps * torch.exp(logvar / 2), torch.zeros_like(mu)
+        means, deviations = (
+            torch.stack([zero, old[0], zero], -1),
+            torch.stack([zero, old[1], zero + 10], -1).div(2).exp(),
+        )
+        prior = mixture(
+            torch.distributions.Categorical(torch.tensor([0.15, 0.75, 0.1]).double()), normal(means, deviations)
+        )
+        return z, (normal(mu, torch.exp(logvar / 2)).log_prob(z) - prior.log_prob(z)).sum(1)
     mu, logvar = (inner if name == "vae-linear" else layer(torch.tanh(inner), "code")).chunk(2, 1)
     std = torch.exp(logvar / 2)
     normal = torch.distributions.Normal
@@ -70,9 +85,32 @@ def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor) -> tupl
     return (z if name == "vae-linear" else torch.tanh(layer(z, "hidden"))), kl
 
 
+def rec_encoder(p: dict[str, Tensor], which: str, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """The five layers of RecVAE's encoder, one by one."""
+
+    def norm(i: int, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        scaled = centred / (x.var(1, correction=0, keepdim=True) + 0.1).sqrt()
+        return scaled * p[f"{which}.norms.{i}.weight"] + p[f"{which}.norms.{i}.bias"]
+
+    def swish(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    def layer(i: int, x: Tensor) -> Tensor:
+        return x @ p[f"{which}.layers.{i}.weight"].T + p[f"{which}.layers.{i}.bias"]
+
+    h1 = norm(0, swish(inner))
+    h2 = norm(1, swish(layer(0, h1) + h1))
+    h3 = norm(2, swish(layer(1, h2) + h1 + h2))
+    h4 = norm(3, swish(layer(2, h3) + h1 + h2 + h3))
+    h5 = norm(4, swish(layer(3, h4) + h1 + h2 + h3 + h4))
+    mu, logvar = (h5 @ p[f"{which}.code.weight"].T + p[f"{which}.code.bias"]).chunk(2, 1)
+    return mu, logvar
+
+
 def likelihood_of(name: str, s: Tensor, x: Tensor, left_out: Tensor) -> Tensor:
     """The reconstruction term of each user. [B]"""
-    if name in ("vae", "dae"):
+    if name in ("vae", "dae", "recvae"):
         return -(F.log_softmax(s.masked_fill(left_out > 0, -1e300), 1) * x).sum(1)
     if name != "warp":
         return (torch.where(x > 0, 5.0, 1.0) * (1 - left_out) * (x - s) ** 2).sum(1)
@@ -98,13 +136,15 @@ def test_supervised_loss_is_that_of_the_specification(name: str, choices: dict[s
     p = {n: value.double() for n, value in model.recommender.state_dict().items()}
     encoder = torch.zeros(30, M, dtype=torch.float64)
     encoder[batch.encoded.rows, batch.encoded.items] = batch.weights.double()
-    u, kl = code_of(name, p, encoder @ p["input.weight"] + p["input.bias"], eps(0).double())
+    x_hat = F.normalize(dense(x))
+    u, kl = code_of(name, p, encoder @ p["input.weight"] + p["input.bias"], eps(0).double(), x_hat)
     scores = u @ p["output.weight"].T + p["output.bias"]
     masked = model.config.reading == "heldout" and model.config.mask_kept
     left_out = dense(batch.seen) if masked else torch.zeros_like(encoder)
     cap = 0.05 if name in ("vae-gaussian", "vae-linear") else 0.2
     ramp = min(cap, 0.07)
-    weight = {"per_user": 0.0025 * ramp / cap * dense(x).sum(1), "annealed": ramp, "none": 0.0}[model.config.kl]
+    gamma = 0.005 if name == "recvae" else 0.0025
+    weight = {"per_user": gamma * ramp / cap * dense(x).sum(1), "annealed": ramp, "none": 0.0}[model.config.kl]
     expected = (likelihood_of(name, scores, dense(batch.targets), left_out) + weight * kl).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -203,3 +243,51 @@ def test_a_loss_of_users_without_targets_is_zero_or_what_they_miss() -> None:
             assert torch.allclose(loss, scores.square().sum(1), rtol=1e-5)
         else:
             assert loss.tolist() == [0, 0]
+
+
+# RecVAE's turns
+
+
+def test_recvae_trains_encoder_and_decoder_in_turns() -> None:
+    model = build("recvae")
+    users = torch.arange(160)
+    histories = as_interactions(clusters(160), M)
+    optimisers = Optimisers(model, "recommender")
+    step = 0
+    for number in range(1, 9):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with model.recommender.epoch(number):
+            _, step = run_epoch(
+                model, histories, optimisers, "recommender", users, (0, 0, number), step, lambda *_: None
+            )
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        encoder = {n for n in before if n.startswith(("recommender.input.", "recommender.encoder."))}
+        prior = {n for n in before if n.startswith("recommender.old_")}
+        decoder = {"recommender.output.weight", "recommender.output.bias"}
+        if number % 4:
+            assert moved == encoder - {"recommender.input.feedback"}
+        else:
+            assert moved - prior == decoder
+            assert all(torch.equal(before[n.replace("old_", "")], model.state_dict()[n]) for n in prior)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not prior & {name for name, _ in model.named_parameters()}
+
+
+def test_recvaes_decoder_sees_whole_histories() -> None:
+    """In the "full" reading; in the other it has to find what is hidden."""
+    x, users = as_interactions(clusters(30), M), torch.arange(30)
+    for reading in ("full", "heldout"):
+        config = build("recvae", reading=reading).config
+        batch = view(x, users, config, 5, denoises=False)
+        if reading == "full":
+            assert torch.equal(batch.weights, x.unit_weights())
+        else:
+            assert len(batch.targets.items) > 0
+            assert torch.equal(batch.weights, view(x, users, config, 5).weights)
+    recommender = build("recvae").recommender
+    assert recommender.denoises
+    with recommender.epoch(3):
+        assert (recommender.phase, recommender.denoises) == ("encoder", True)
+    with recommender.epoch(4):
+        assert (recommender.phase, recommender.denoises) == ("decoder", False)
+    assert (recommender.phase, recommender.denoises) == ("", True)

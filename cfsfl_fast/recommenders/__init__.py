@@ -16,6 +16,7 @@ from collections.abc import Callable
 from cfsfl_fast.recommenders.autoencoders import DAE, GaussianVAE, MultVAE
 from cfsfl_fast.recommenders.base import Code, Recommender
 from cfsfl_fast.recommenders.linear import MF, WARP, LinearVAE
+from cfsfl_fast.recommenders.recvae import RecVAE
 
 __all__ = ["RECOMMENDERS", "Code", "Recommender"]
 
@@ -26,5 +27,6 @@ RECOMMENDERS: dict[str, Callable[[int, int, int, int], Recommender]] = {
     "vae-linear": LinearVAE,
     "mf": MF,
     "warp": WARP,
+    "recvae": RecVAE,
 }
 """By the config's name; each takes n_items, hidden_dim, latent_dim, feedback_dim."""

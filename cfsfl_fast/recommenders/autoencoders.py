@@ -38,7 +38,7 @@ class MultVAE(Recommender):
         mu, logvar = self.code(entered.tanh()).split(self.latent_dim, dim=1)
         return Code(self.hidden(sampled(mu, logvar, noise)).tanh(), mu, logvar)
 
-    def divergence(self, code: Code) -> Tensor:
+    def divergence(self, code: Code, prior: Tensor | None = None) -> Tensor:
         """KL(q(z | x, v) || N(0, I)) of each user. [B]"""
         assert code.mu is not None
         assert code.logvar is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,12 @@ class Recommender(nn.Module):
     samples = False
     """Whether `forward` takes noise."""
 
+    phase = ""
+    """Which part of the recommender the epoch trains, where there are several."""
+
+    denoises = True
+    """Whether the epoch hides a share of the history from the encoder also where targets are all of x."""
+
     input: InputLayer
     output: OutputLayer
 
@@ -83,9 +90,23 @@ class Recommender(nn.Module):
         """
         raise NotImplementedError
 
-    def divergence(self, code: Code) -> Tensor | None:
-        """How far q(z | x, v) is from its prior, per user [B]; None of a recommender without either."""
+    def prior(self, items: Tensor, offsets: Tensor, weights: Tensor) -> Tensor | None:
+        """What `divergence` has to know of whole histories, CSR rows with the entries of x^ without dropout."""
         return None
+
+    def divergence(self, code: Code, prior: Tensor | None = None) -> Tensor | None:
+        """How far q(z | x, v) is from its prior, per user [B]; None of a recommender without either.
+
+        Args:
+            code: of `forward`.
+            prior: of `prior`.
+        """
+        return None
+
+    @contextlib.contextmanager
+    def epoch(self, number: int) -> Iterator[None]:
+        """Surrounds an epoch of training, which may have its own `phase`; number: of the stage, from 1."""
+        yield
 
     def loss(
         self,
@@ -96,6 +117,7 @@ class Recommender(nn.Module):
         *,
         exclude: ops.CSR | None = None,
         kl_weight: Tensor | float = 0.0,
+        prior: Tensor | None = None,
         k: int = 0,
         state: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +129,7 @@ class Recommender(nn.Module):
             items, offsets: the targets as CSR rows.
             exclude: CSR rows of items that count neither as found nor as missed; none may be a target of its row.
             kl_weight: of the divergence, [B] or one number.
+            prior: as `divergence` takes it.
             k: length of the list; 0 for none.
             state: of `ops.loop_state`, where the loop had the same `exclude`.
 
@@ -114,7 +137,7 @@ class Recommender(nn.Module):
             loss [B], ids [B, K], scores [B, K].
         """
         loss, ids, scores = self.likelihood(code.u, output, items, offsets, exclude, k, state)
-        divergence = self.divergence(code)
+        divergence = self.divergence(code, prior)
         return loss if divergence is None else loss + kl_weight * divergence, ids, scores
 
 
