@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RESULTS ?= benches/results
+API    := cfsfl_fast $(addprefix cfsfl_fast, .config .model .estimator .stages .callbacks .datasets .evaluation .metrics .ops \
+          .backends .interactions .checkpoint .export .serving)
+INSTALLED := $(addprefix tests/test_,model.py training.py estimator.py cli.py export.py serving.py row_bag.py \
+          feedback_step.py linear_topk.py linear_nll.py)
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test chaos adapters bench gpu asan kernel-report lint format clean
+.PHONY: demo test chaos adapters docs wheel bench gpu asan kernel-report lint format clean
 
 # Threads wait without spinning: the machine may be busy.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -30,6 +34,25 @@ adapters:
 	    $$bin/python -m pip install --quiet --editable ".[$$library]" pytest && \
 	    $$bin/python -m pytest tests/test_adapters.py || exit 1; \
 	done
+
+# The API reference, from the docstrings.
+docs: $(DONE)
+	$(BIN)/python -m pip install --quiet --editable ".[docs,serve]"
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(API)
+
+# A wheel and an sdist in dist; the wheel, in an environment of its own, against the sdist's tests without its package.
+wheel: export PYTHONPATH :=
+wheel: $(DONE)
+	rm -rf dist build/wheel .venv-wheel
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-wheel/bin/python -m pip install --quiet "$$(ls dist/*.whl)[test]"
+	mkdir -p build/wheel && tar -xf dist/*.tar.gz -C build/wheel --strip-components 1
+	rm -rf build/wheel/cfsfl_fast build/wheel/kernels build/wheel/setup.py
+	cd build/wheel && ../../.venv-wheel/bin/python -m pytest $(INSTALLED)
+	.venv-wheel/bin/cfsfl doctor
 
 bench: $(DONE)
 	$(BIN)/python -m pytest benches --results $(RESULTS)

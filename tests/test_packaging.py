@@ -60,6 +60,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
+def test_the_sdist_is_whole(source: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    missing = [name for name in tracked if not (source / name).exists()]
+    assert missing == ["cfsfl_fast/kernels"], "all but the link of a checkout, for which package-dir stands"
+
+
 def wheel(source: Path, out: Path, **environment: str) -> tuple[Path, str]:
     """A wheel of the sdist, unpacked, and what its build said."""
     source = Path(shutil.copytree(source, out / "source"))
