@@ -31,7 +31,7 @@ adapters:
 	    bin=.venv-$$library/bin; \
 	    test -x $$bin/python || $(PYTHON) -m venv .venv-$$library; \
 	    $$bin/python -m pip install --quiet "$(TORCH)" && \
-	    $$bin/python -m pip install --quiet --editable ".[$$library]" pytest && \
+	    $$bin/python -m pip install --quiet --editable ".[$$library]" pytest hypothesis && \
 	    $$bin/python -m pytest tests/test_adapters.py || exit 1; \
 	done
 
