@@ -11,7 +11,7 @@ INSTALLED := $(addprefix tests/test_,model.py training.py estimator.py cli.py ex
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test chaos adapters docs wheel bench gpu asan kernel-report lint format clean
+.PHONY: demo test chaos fuzz adapters docs wheel bench gpu asan kernel-report lint format clean
 
 # Threads wait without spinning: the machine may be busy.
 demo test: export OMP_WAIT_POLICY ?= passive
@@ -24,6 +24,10 @@ test: $(DONE)
 
 chaos: $(DONE)
 	$(BIN)/python -m tests.chaos
+
+# Every byte of the headers flipped, and more inputs of every kind than the suite has.
+fuzz: $(DONE)
+	$(BIN)/python -m pytest tests/test_damage.py --hypothesis-profile=fuzz
 
 # Each in an environment of its own, .venv-LIBRARY: they pin other packages.
 adapters:

@@ -1,8 +1,8 @@
 """What training will take, before anything is allocated: memory by part, messages and time of an update.
 
 Tables and layers are those of a model on the meta device, so their sizes are exact for every recommender; the rest are
-formulas of SPEC's letters, of which docs/scale.md says how close they are. G devices, of which each S share the rows of
-every item table (`item_shards`) and G / S share a batch: B = batch_size S / G users a device.
+formulas of SPEC's letters, which tests/test_plan.py holds against measured memory. G devices, of which each S share the
+rows of every item table (`item_shards`) and G / S share a batch: B = batch_size S / G users a device.
 
 Memory    of the stage that takes most, the joint one where there is one.
           tables + layers       4 bytes an entry; tables / S
