@@ -190,7 +190,7 @@ def test_a_field_that_is_younger_than_a_cell_has_its_default(out: Path, data: Pa
 def test_another_config_or_other_data_are_refused(out: Path, data: Path, tmp_path: Path) -> None:
     result = reproduce("table3", data, out, "--learning-rate", "0.5")
     assert result.exit_code == 2
-    assert "was trained with learning_rate = 0.001, not 0.5" in result.stderr
+    assert "was trained with learning_rate = 0.01, not 0.5" in result.stderr
     save_dataset(synthetic_dataset(200, 90, events_per_user=14.0, seed=2), tmp_path / "other")
     result = reproduce("table3", tmp_path / "other", out)
     assert result.exit_code == 2
