@@ -9,6 +9,7 @@ transfers overlap), everything small in one buffer.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -187,6 +188,9 @@ def processes(device: torch.device) -> Iterator[Group]:
         yield ALONE
         return
     cuda = device.type == "cuda"
+    # The group is a default argument of this module's functions from its import on, which torch leaves to whoever comes
+    # first; imported later, it keeps the group, whose threads then outlive the interpreter and end the process.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group(
             "nccl" if cuda else "gloo", timeout=timedelta(seconds=_patience()), device_id=device if cuda else None
@@ -197,7 +201,7 @@ def processes(device: torch.device) -> Iterator[Group]:
     try:
         yield group
     finally:
-        group._handle = None  # one that outlives the interpreter ends the process with an abort
+        group._handle = None  # as above
         dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,17 @@ def test_a_timeout_that_is_no_number_is_refused() -> None:
     with started(["-c", text], 2, CFSFL_TIMEOUT="soon") as (first, _):
         _, errors = first.communicate(timeout=PATIENCE)
     assert "CFSFL_TIMEOUT must be a number of seconds above 0; got 'soon'" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's threads from /proc")
+def test_no_thread_outlives_the_group() -> None:
+    """One that does may ask the interpreter for something when that is gone, and ends the process with an abort."""
+    program = (
+        "import importlib, pathlib, torch\n"
+        "from cfsfl_fast.distributed import processes\n"
+        "with processes(torch.device('cpu')) as group:\n"
+        "    importlib.import_module('torch.distributed.nn.functional')\n"
+        "    group.sums([torch.ones(3)])\n"
+        "print(sum('gloo' in path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')))\n"
+    )
+    assert [text.strip() for text in outputs(["-c", program], 2)] == ["0", "0"]
