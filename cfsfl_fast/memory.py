@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cfsfl_fast import ops
 from cfsfl_fast.interactions import Interactions
+from cfsfl_fast.inverse import invert
 
 MAX_ITEMS = 60_000
 """Of a memory: its matrix takes 4 M^2 bytes, 14.4 GB here."""
@@ -213,34 +214,11 @@ def _inverse(x: sp.csr_matrix, weighted: sp.csr_matrix, ridge: float) -> Tensor:
         gram[start : start + _BLOCK] = torch.from_numpy(block)
     counts = gram.diagonal().clamp_min(1)
     gram.diagonal().add_(ridge * (counts * counts.mean()).sqrt())
-    return _inverted(gram).float()
-
-
-def _inverted(a: Tensor) -> Tensor:
-    """The inverse of a symmetric positive definite matrix, in its place: block by block by the sweep operator.
-
-    M^3 flops as Cholesky's way, in products that share the work among all threads, and one matrix in memory; only the
-    lower blocks are kept up to date. (OpenBLAS's spotrf ends the process at 41,000 items on two threads.)
-    """
-    M = len(a)
-    for start in range(0, M, _BLOCK):
-        k = slice(start, min(start + _BLOCK, M))
-        pivot = a[k, k].tril() + a[k, k].tril(-1).T
-        panel = torch.cat([a[k, :start].T, pivot, a[k.stop :, k]])  # column k. [M, block]
-        factor, failed = torch.linalg.cholesky_ex(pivot)
-        if failed:
-            raise ValueError(f"the items' matrix [{M}, {M}] is not positive definite: raise memory_ridge")
-        inverse = torch.cholesky_inverse(factor)
-        scaled = panel @ inverse
-        for first in range(0, M, _BLOCK):
-            j = slice(first, min(first + _BLOCK, M))
-            a[first:, j].addmm_(scaled[first:], panel[j].T, alpha=-1)
-        a[k, :start], a[k, k], a[k.stop :, k] = scaled[:start].T, -inverse, scaled[k.stop :]
-    for first in range(0, M, _BLOCK):  # the upper blocks mirror the lower ones
-        j = slice(first, min(first + _BLOCK, M))
-        a[j, j] = a[j, j].tril() + a[j, j].tril(-1).T
-        a[j, j.stop :] = a[j.stop :, j].T
-    return a.neg_()
+    try:
+        invert(gram, _BLOCK)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise ValueError(f"the items' matrix [{M}, {M}] is not positive definite: raise memory_ridge") from None
+    return gram.float()
 
 
 def _sums_of(values: Tensor, x: Interactions) -> Tensor:

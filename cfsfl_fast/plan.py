@@ -22,7 +22,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -198,27 +197,6 @@ def _size(n: float) -> str:
             return f"{n:,.3g} {unit}" if n < 100 else f"{n:,.0f} {unit}"
         n /= 1000
     return f"{n:,.1f} TB"
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free: of a CUDA device, or of the machine within the limit of its control group."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    free = float("inf")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = 1024.0 * int(line.split()[1])
-    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdigit():
-        free = min(free, float(int(limit[0]) - int(used[0])))
-    return free
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def measured_rates(device: torch.device) -> tuple[float, float]:

@@ -20,8 +20,8 @@ from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
-from cfsfl_fast.plan import free_memory, plan
-from cfsfl_fast.scarcity import OutOfMemoryError
+from cfsfl_fast.plan import plan
+from cfsfl_fast.scarcity import OutOfMemoryError, free_memory
 from cfsfl_fast.stages import STAGES, Epoch, OnEpoch, Trainer, fresh_model
 from cfsfl_fast.training import Optimisers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -86,6 +87,29 @@ def explained(what: str, advice: str, device: torch.device) -> Iterator[None]:
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
         room = f" ({free:.1f} of {total:.1f} GiB are free without it)"
     raise OutOfMemoryError(f"{device} has no memory for {what}{room}: {advice} [{trouble}]")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free: of a CUDA device, or of the machine within the limit of its control group; infinity where it
+    does not say.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = float("inf")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            free = 1024.0 * int(line.split()[1])
+    limit, used = (_lines(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit and used and limit[0].isdigit():
+        free = min(free, float(int(limit[0]) - int(used[0])))
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _lacks_memory(error: BaseException) -> bool:

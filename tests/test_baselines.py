@@ -20,6 +20,7 @@ from cfsfl_fast.datasets import Dataset, Protocol, open_dataset, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.interactions import as_interactions
+from cfsfl_fast.inverse import invert
 from tests.conftest import clusters
 
 NAMES = sorted(BASELINES)
@@ -79,12 +80,11 @@ def test_edlae_minimises_the_expected_loss_under_dropout() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 6, 7, 50])
-def test_inverse_where_it_stands(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ease, "BLOCK", 7)
+def test_inverse_where_it_stands(n: int, dtype: torch.dtype) -> None:
     rows = torch.randn(80, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     A = rows.T @ rows + torch.eye(n)
     found = A.to(dtype, copy=True)
-    ease.invert(found)
+    invert(found, 7)
     assert torch.equal(found, found.T)
     assert torch.allclose(found.double() @ A, torch.eye(n).double(), atol=1e-10 if dtype == torch.float64 else 1e-4)
 

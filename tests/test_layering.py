@@ -13,8 +13,8 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "cfsfl_fast"
 ALLOWED = {
     "cli": {"baselines", "checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
-    | {"callbacks", "numerics", "runs", "experiments", "export", "plan", "plots", "reproduce", "serving", "sweep"}
-    | {"tables"},
+    | {"callbacks", "numerics", "runs", "experiments", "export", "plan", "plots", "reproduce", "scarcity", "serving"}
+    | {"sweep", "tables"},
     "plan": {"config", "library", "model"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
@@ -35,11 +35,12 @@ ALLOWED = {
     | {"training"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions", "progress", "scarcity"},
-    "baselines": {"progress", "datasets", "evaluation", "interactions", "ops"},
+    "baselines": {"progress", "datasets", "evaluation", "interactions", "inverse", "ops", "scarcity"},
     "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
     | {"item_rows", "numerics", "recommenders", "scarcity", "sharded", "virtual_user"},
     "judging": {"distributed", "interactions", "losses", "memory", "ops"},
-    "memory": {"interactions", "ops"},
+    "memory": {"interactions", "inverse", "ops"},
+    "inverse": {"progress"},
     "loop": {"ops", "recommenders", "virtual_user"},
     "losses": set(),
     "recommenders": {"item_rows", "ops"},

@@ -137,3 +137,8 @@ def test_tensors_of_another_memory_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         ItemMemory(M).restore(tensors)
     assert ItemMemory(M).is_empty
+
+
+def test_a_ridge_that_is_too_small_is_named() -> None:
+    with pytest.raises(ValueError, match=rf"\[{M}, {M}\] is not positive definite: raise memory_ridge"):
+        ItemMemory(M).fit(as_interactions(users(), M), -100.0)

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from cfsfl_fast import CFSFLConfig, runs
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset
-from cfsfl_fast.plan import PROCESS, free_memory, measured_rates, plan
+from cfsfl_fast.plan import PROCESS, measured_rates, plan
+from cfsfl_fast.scarcity import free_memory
 from cfsfl_fast.stages import fresh_model
 from cfsfl_fast.training import Optimisers
 from tests.conftest import ROOT

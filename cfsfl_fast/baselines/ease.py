@@ -21,6 +21,7 @@ from torch import Tensor
 from cfsfl_fast import ops
 from cfsfl_fast.baselines.fitted import Fitted, best, check_memory, counted, progress
 from cfsfl_fast.interactions import Interactions
+from cfsfl_fast.inverse import invert
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class EASE(Fitted):
         P = gram(x, torch.float64 if x.shape[1] <= DOUBLE_ITEMS else torch.float32, self.label, show_progress)
         diagonal = P.diagonal()
         diagonal.add_(diagonal * (dropout / (1 - dropout)) + ridge)
-        invert(P, self.label, show_progress)
+        invert(P, BLOCK, label=f"{self.label}, inverse", show_progress=show_progress)
         return _zero_diagonal(P)
 
     def recommend(self, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
@@ -98,32 +99,6 @@ def gram(x: sp.csr_matrix, dtype: torch.dtype, label: str, show_progress: bool) 
         rows = (by_item[start : start + BLOCK] @ x).toarray()
         found[start : start + BLOCK] = torch.from_numpy(np.ascontiguousarray(rows))
     return found
-
-
-def invert(A: Tensor, label: str = "inverse", show_progress: bool = False) -> None:
-    """Overwrites a symmetric positive definite matrix [M, M] by its inverse: block sweeps over the lower triangle.
-
-    A sweep of block k: A_kk to -D with D = A_kk^-1, A_ik to A_ik D, every other A_ij to A_ij - A_ik D A_kj; after all
-    of them A is the negative inverse. M^3 flops, as Cholesky's way, with no second matrix.
-    """
-    n = len(A)
-    for start in progress(range(0, n, BLOCK), f"{label}, inverse", show_progress):
-        stop = min(start + BLOCK, n)
-        panel = torch.cat([A[start:stop, :start].T, A[start:, start:stop]])  # A_ik of every i
-        own = panel[start:stop].tril()
-        D = torch.cholesky_inverse(torch.linalg.cholesky(own + own.tril(-1).T))
-        scaled = panel @ D
-        for first in range(0, n, BLOCK):
-            last = min(first + BLOCK, n)
-            A[first:, first:last].addmm_(scaled[first:], panel[first:last].T, alpha=-1)
-        A[stop:, start:stop] = scaled[stop:]
-        A[start:stop, :start] = scaled[:start].T
-        A[start:stop, start:stop] = -D
-    for start in range(0, n, BLOCK):
-        A[start:, start : start + BLOCK].neg_()
-        own = A[start : start + BLOCK, start : start + BLOCK]
-        own.copy_(own.tril() + own.tril(-1).T)
-        A[start : start + BLOCK, start + BLOCK :] = A[start + BLOCK :, start : start + BLOCK].T
 
 
 def _zero_diagonal(P: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor
 from cfsfl_fast import ops
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.progress import bar
+from cfsfl_fast.scarcity import free_memory
 
 Item = TypeVar("Item")
 
@@ -66,11 +66,6 @@ def check_memory(n_bytes: int, what: str) -> None:
     Raises:
         MemoryError: naming what is needed and what there is.
     """
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with open("/proc/meminfo") as file:  # also counts what the page cache would give back
-            free = next((int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable")), free)
-    except (OSError, ValueError):
-        return
+    free = free_memory(torch.device("cpu"))
     if n_bytes > free:
         raise MemoryError(f"{what} takes {n_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")

@@ -8,7 +8,8 @@ import click
 
 from cfsfl_fast.cli.options import config_field, config_options, device_option, torch_device
 from cfsfl_fast.config import PRESETS, CFSFLConfig
-from cfsfl_fast.plan import free_memory, measured_rates, plan
+from cfsfl_fast.plan import measured_rates, plan
+from cfsfl_fast.scarcity import free_memory
 
 
 @click.command("plan")
