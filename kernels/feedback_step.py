@@ -8,7 +8,8 @@
 
 One program per user selects and gathers. It then takes a ticket; the last to arrive of each GROUP users runs the dense
 part for all of them with `tl.dot`: 200 KB of weights are read once per group, not per user, and the ticket counter
-returns to 0.
+returns to 0. A user whose code has not moved since the step before (`resting`) gets that step's answers copied, and so
+does a group without anyone who has.
 
 Shapes    s [B, M] in a scratch buffer (`scores`), hx [B, D], L [M, D]; weights [out, in] and biases [out] of four and
           three layers.
@@ -32,6 +33,7 @@ from cfsfl_fast.kernels.scores import LoopState
 from cfsfl_fast.kernels.tile import (
     MAX_K,
     add_listed_rows,
+    covers,
     dot_precision,
     power_of_two,
     row_tile,
@@ -94,7 +96,9 @@ def feedback_step_fwd_kernel(
     v_ptr, logit_ptr, h_ptr, ids_ptr, best_ptr, w_ptr, next_ptr,    # out [B, V], [B], [B, D], [B, K] x 3, [B, H]
     scores_ptr, buffer_ptr, found_ptr, run_ptr,                     # scratch: the pending lists
     ticket_ptr, hidden_ptr,                                         # scratch [B / G], [B / G, 2, G, BLOCK_F]
-    items_ptr, offsets_ptr,                                         # in: excluded [E], [B + 1]
+    old_v_ptr, old_logit_ptr, old_h_ptr, old_ids_ptr, old_best_ptr, old_w_ptr, old_next_ptr,    # in: the step before's
+    moved_ptr, active_ptr, open_ptr,                                # [B], [1], [B]; active becomes 0
+    items_ptr, offsets_ptr,                                         # excluded [E], [B + 1]
     hx_ptr, lookup_ptr,                                             # [B, D], [M, D]
     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr, # reward: weights r, biases q
     f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr,                 # feedback: weights f, biases c
@@ -105,6 +109,7 @@ def feedback_step_fwd_kernel(
     stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2,
     stride_hoisted, stride_wv,
     VEC: tl.constexpr, VEC_H: tl.constexpr, UNIFORM: tl.constexpr, DENSE: tl.constexpr,
+    LOOKED: tl.constexpr, RESTING: tl.constexpr,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -114,37 +119,68 @@ def feedback_step_fwd_kernel(
     D, stride_hx, stride_lookup = D // VEC * VEC, stride_hx // VEC * VEC, stride_lookup // VEC * VEC
     H, stride_hoisted, stride_wv = H // VEC_H * VEC_H, stride_hoisted // VEC_H * VEC_H, stride_wv // VEC_H * VEC_H
     b = tl.program_id(0)
-    run = list_of_user(
-        b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, step, stride_scores,
-        CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM,
-    )  # fmt: skip
+    list_at, h_at = b.to(tl.int64) * K, b.to(tl.int64) * D
+    if LOOKED:
+        if b == 0:
+            tl.store(active_ptr, 0)
+    moved = True
+    if RESTING:
+        moved = tl.load(moved_ptr + b) != 0
+    if moved:
+        run = list_of_user(
+            b, scores_ptr, buffer_ptr, found_ptr, run_ptr, open_ptr, items_ptr, offsets_ptr,
+            start, M, N, K, step, stride_scores,
+            CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM,
+        )  # fmt: skip
+        item, s, k = store_list(ids_ptr + list_at, best_ptr + list_at, run, K, K_LOG)
+        w = weights_of_list(item, s, K, UNIFORM)
+        tl.store(w_ptr + list_at + k, w.to(w_ptr.dtype.element_ty), mask=k < K)
+        tl.debug_barrier()
 
-    list_at = b.to(tl.int64) * K
-    item, s, k = store_list(ids_ptr + list_at, best_ptr + list_at, run, K, K_LOG)
-    w = weights_of_list(item, s, K, UNIFORM)
-    tl.store(w_ptr + list_at + k, w.to(w_ptr.dtype.element_ty), mask=k < K)
-    tl.debug_barrier()
-
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)
-        h = tl.load(hx_ptr + b.to(tl.int64) * stride_hx + d, mask=d < D, other=0.0).to(tl.float32)
-        h = add_listed_rows(h, lookup_ptr, ids_ptr + list_at, w_ptr + list_at, K, d, D, stride_lookup, 32)
-        tl.store(h_ptr + b.to(tl.int64) * D + d, h.to(h_ptr.dtype.element_ty), mask=d < D)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            h = tl.load(hx_ptr + b.to(tl.int64) * stride_hx + d, mask=d < D, other=0.0).to(tl.float32)
+            h = add_listed_rows(h, lookup_ptr, ids_ptr + list_at, w_ptr + list_at, K, d, D, stride_lookup, 32)
+            tl.store(h_ptr + h_at + d, h.to(h_ptr.dtype.element_ty), mask=d < D)
+    elif RESTING:
+        copy(ids_ptr + list_at, old_ids_ptr + list_at, K, 2**K_LOG)
+        copy(best_ptr + list_at, old_best_ptr + list_at, K, 2**K_LOG)
+        copy(w_ptr + list_at, old_w_ptr + list_at, K, 2**K_LOG)
+        copy(h_ptr + h_at, old_h_ptr + h_at, D, BLOCK_D)
 
     if DENSE:
         group = b // GROUP
         tl.debug_barrier()  # every thread's part of h is written before one thread publishes it
         ticket = tl.atomic_add(ticket_ptr + group, 1, sem="acq_rel", scope="gpu")
-        if ticket == tl.minimum(B - group * GROUP, GROUP) - 1:
+        size = tl.minimum(B - group * GROUP, GROUP)
+        if ticket == size - 1:
             tl.store(ticket_ptr + group, 0)
-            respond(
-                v_ptr, logit_ptr, next_ptr, hidden_ptr, h_ptr,
-                r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr,
-                f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr, hoisted_ptr, wv_ptr,
-                group, B, D, R0, R1, R2, F0, F1, V, H,
-                stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2, stride_hoisted, stride_wv,
-                BLOCK_D, BLOCK_F, BLOCK_V, BLOCK_H, BLOCK_I, GROUP, PREC,
-            )  # fmt: skip
+            anyone = True
+            if RESTING:
+                g = tl.arange(0, GROUP)
+                anyone = tl.max(tl.load(moved_ptr + group * GROUP + g, mask=g < size, other=0), 0) != 0
+            if anyone:
+                respond(
+                    v_ptr, logit_ptr, next_ptr, hidden_ptr, h_ptr,
+                    r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr,
+                    f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr, hoisted_ptr, wv_ptr,
+                    group, B, D, R0, R1, R2, F0, F1, V, H,
+                    stride_r0, stride_r1, stride_r2, stride_f0, stride_f1, stride_f2, stride_hoisted, stride_wv,
+                    BLOCK_D, BLOCK_F, BLOCK_V, BLOCK_H, BLOCK_I, GROUP, PREC,
+                )  # fmt: skip
+            elif RESTING:
+                first = group.to(tl.int64) * GROUP
+                copy(logit_ptr + first, old_logit_ptr + first, size, GROUP)
+                copy(v_ptr + first * V, old_v_ptr + first * V, size * V, 1024)
+                copy(next_ptr + first * H, old_next_ptr + first * H, size * H, 1024)
+
+
+@triton.jit
+def copy(to_ptr, from_ptr, n, BLOCK: tl.constexpr):
+    """n elements."""
+    i = tl.arange(0, BLOCK)
+    for i0 in range(0, n, BLOCK):
+        tl.store(to_ptr + i0 + i, tl.load(from_ptr + i0 + i, mask=i0 + i < n, other=0), mask=i0 + i < n)
 
 
 @triton.jit
@@ -267,9 +303,9 @@ def feedback_step(
     """v [B, V], the reward's logit [B], ids, scores [B, K], hoisted + v^ Wv [B, P], h [B, D], list weights [B, K]."""
     B, D = hx.shape
     k = min(k, len(weight))
-    if k > MAX_K or k == 0 or B == 0:
+    layers = [t for layer in (*reward, *feedback) for t in layer]
+    if k > MAX_K or k == 0 or B == 0 or not covers(u, weight, bias, hx, lookup, hoisted, wv, *layers):
         return library.feedback_step(u, weight, bias, hx, lookup, reward, feedback, hoisted, wv, k, action, exclude)
-    state = state or LoopState()
     dense = len(reward) == 4 and len(feedback) == 3 and D <= 256
     shapes = [w.shape[0] for w, _ in (*reward, *feedback)]
     V, H = wv.shape
@@ -277,18 +313,26 @@ def feedback_step(
     w, h = hx.new_empty(B, k), hx.new_empty(B, D)
     v, logit = hx.new_empty(B, V), hx.new_empty(B)
     following = hx.new_empty(B, H)
-    block = pending(rows_first(u), weight, bias, k, exclude, state)
+    turn = None
+    if state is not None:
+        inputs = weight, bias, hx, lookup, *layers, hoisted, wv, *(exclude or ())
+        turn = k, action, *((t.data_ptr(), t.shape, t.dtype) for t in inputs)
+    else:
+        state = LoopState()
+    block, resting = pending(u, weight, bias, k, exclude, state, turn)
+    out = v, logit, h, ids, best, w, following
+    old = state.answers if resting and state.answers is not None else out
+    moved = block.found if block.seen is None else block.seen.moved
     BLOCK_F, precision = power_of_two(max(shapes[:3] + shapes[4:])), dot_precision(u.dtype)
     hidden = state.empty("hidden", (triton.cdiv(B, GROUP), 2, GROUP, BLOCK_F), torch.float32, u)
     ticket = state.zeros("ticket", (triton.cdiv(B, GROUP),), torch.int32, u)
     hx, lookup = rows_first(hx), rows_first(lookup)
-    layers = [(rows_first(a), b) for a, b in (*reward, *feedback)] if dense else [(h, h)] * 7
+    pairs = [(rows_first(a), b) for a, b in (*reward, *feedback)] if dense else [(h, h)] * 7
     hoisted, wv = rows_first(hoisted), rows_first(wv)
-    r0, r1, r2, _, f0, f1, f2 = (a for a, _ in layers)
+    r0, r1, r2, _, f0, f1, f2 = (a for a, _ in pairs)
     feedback_step_fwd_kernel[(B,)](
-        v, logit, h, ids, best, w, following,
-        *block.arguments()[:4], ticket, hidden, *block.arguments()[4:],
-        hx, lookup, *(t for pair in layers for t in pair), hoisted, wv,
+        *out, *block.scratch(), ticket, hidden, *old, moved, *block.inputs(),
+        hx, lookup, *(t for pair in pairs for t in pair), hoisted, wv,
         *block.sizes(k),
         B, D, *((*shapes[:3], *shapes[4:6]) if dense else (1,) * 5), V, H,
         hx.stride(0), lookup.stride(0),
@@ -296,11 +340,14 @@ def feedback_step(
         hoisted.stride(0), wv.stride(0),
         VEC=vector(D, hx.stride(0), lookup.stride(0)), VEC_H=vector(H, hoisted.stride(0), wv.stride(0)),
         UNIFORM=action != "topk_softmax", DENSE=dense,
+        LOOKED=block.seen is not None, RESTING=resting,
         **block.flags(k),
         BLOCK_D=min(256, power_of_two(D)), BLOCK_F=BLOCK_F, BLOCK_V=power_of_two(V), BLOCK_H=128,
         BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4,
         maxnreg=128,  # four programs per multiprocessor; left alone, the compiler spills to get five
     )  # fmt: skip
+    if turn is not None:
+        state.answers = out
     if not dense:
         logit, v = library.respond(h, reward, feedback)
         following = library.follow(v, hoisted, wv)
@@ -309,6 +356,8 @@ def feedback_step(
 
 def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -> tuple[Tensor, Tensor]:
     """Equation (16): h = hx + sum_k w_k lookup[ids_k] [B, D], and the weights w [B, K]."""
+    if not covers(hx, lookup, scores):
+        return library.fuse(hx, lookup, ids, scores, action)
     (B, D), K = hx.shape, ids.shape[1]
     h, w = hx.new_empty(B, D), hx.new_empty(B, K)
     if B == 0 or K == 0:
@@ -324,6 +373,8 @@ def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -
 
 def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """< x_b, table[ids_bk] >; padding ids (-1) give 0. [B, K]"""
+    if not covers(x, table):
+        return library.row_dot(x, table, ids)
     (B, D), K = x.shape, ids.shape[1]
     dots = x.new_empty(B, K)
     if dots.numel():

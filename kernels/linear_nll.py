@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cfsfl_fast import library
-from cfsfl_fast.kernels.linear_topk import Pending, empty_lists, launch
+from cfsfl_fast.kernels.linear_topk import Pending, empty_lists, launch, scratch
 from cfsfl_fast.kernels.scores import LoopState, chunk_width, chunks, product
-from cfsfl_fast.kernels.tile import ALIGN, CAPACITY, LOWEST, MAX_K, leave_out, round_up, rows_first, selection
+from cfsfl_fast.kernels.tile import ALIGN, LOWEST, MAX_K, covers, leave_out, round_up, rows_first
 
 CSR = tuple[Tensor, Tensor]
 
@@ -137,6 +137,8 @@ def linear_nll(
 
     The last is the scores [B, width] where the catalogue is one chunk, else None.
     """
+    if not covers(u, weight, bias):
+        return library.linear_nll(u, weight, bias, items, offsets, exclude, k)
     B, M = len(u), len(weight)
     k = min(k, M)
     nll = u.new_empty(B, dtype=torch.float32)
@@ -150,7 +152,8 @@ def linear_nll(
     scores = u.new_empty(B, width) if whole else state.empty("scores", (B, width), u.dtype, u)
     gone = exclude or (items, offsets)
     select = 0 < k <= MAX_K
-    run, buffer, found = scratch(state, u, k) if select else (lse,) * 3
+    buffer, found, run = scratch(state, u, k) if select else (lse,) * 3
+    state.wide = None  # its candidates were in that buffer
     for start, stop in chunks(M, width):
         product(u, weight, bias, start, stop, scores, state)
         linear_nll_fwd_kernel[(B,)](
@@ -166,15 +169,6 @@ def linear_nll(
     return nll, lse, (ids, best), scores if whole else None
 
 
-def scratch(state: LoopState, u: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The run, buffer and found of `linear_topk_fwd_kernel`."""
-    return (
-        state.empty("run", (len(u), 1 << selection(k)["K_LOG"]), torch.int64, u),
-        state.empty("buffer", (len(u), CAPACITY), torch.int64, u),
-        state.zeros("found", (len(u),), torch.int32, u),
-    )
-
-
 def linear_nll_backward(
     dnll: Tensor,
     u: Tensor,
@@ -187,6 +181,8 @@ def linear_nll_backward(
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x), a chunk of items at a time."""
+    if not covers(u, weight, bias):
+        return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     B, M = len(u), len(weight)
     u = rows_first(u)
     du = torch.zeros_like(u, dtype=torch.float32)

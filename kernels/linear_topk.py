@@ -8,7 +8,8 @@ Two ways, chosen by `filter_from`:
 *Select.* The library's product, a chunk of items at a time, into a buffer that stays in the second-level cache; one
 program per user selects from it (`tile.select_row`) and carries its list from chunk to chunk.
 
-*Filter* (`linear_filter`). A product whose epilogue keeps what reaches a threshold; nothing else is stored.
+*Filter* (`linear_filter`). A product whose epilogue keeps what reaches a threshold; nothing else is stored. In a loop it
+is for those alone whose list does not follow from an earlier step (`resting`).
 
 Shapes    u [B, H], weight [M, H], bias [M]; ids [B, K] int64, scores [B, K] in the dtype of u.
 Traffic   select: the scores are written once and read twice from cache, 2 B M itemsize bytes beside the product's own.
@@ -17,6 +18,7 @@ Numerics  The order is that of the scores in the dtype of the product's buffer, 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -26,15 +28,18 @@ from torch import Tensor
 
 from cfsfl_fast import library
 from cfsfl_fast.kernels import linear_filter
+from cfsfl_fast.kernels.resting import Look, Wide, look, open_scores, skips
 from cfsfl_fast.kernels.scores import LoopState, chunk_width, chunks, product
 from cfsfl_fast.kernels.tile import (
     ALIGN,
     CAPACITY,
     EMPTY,
     MAX_K,
+    covers,
     fold,
     item_of,
     leave_out,
+    round_up,
     rows_first,
     score_of,
     select_row,
@@ -48,13 +53,16 @@ CSR = tuple[Tensor, Tensor]
 def list_of_user(
     b,
     scores_ptr, buffer_ptr, found_ptr, run_ptr,     # [B, N], [B, CAPACITY], [B], [B, 2^K_LOG]
+    open_ptr,                                       # [B]
     items_ptr, offsets_ptr,                         # excluded: [E], [B + 1]
     start, M, N, K, step,
     stride_scores,
     CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The 2^K_LOG best keys of user b, ascending, of the list so far and this chunk (or the filter's survivors)."""
+    """The 2^K_LOG best keys of user b, ascending, of the list so far and this chunk; or of the filter's survivors, the
+    list in `run` where the user is not open.
+    """
     k = tl.arange(0, 2**K_LOG)
     if CARRIED:  # noqa: SIM108  (a constexpr: one branch is compiled)
         run = tl.load(run_ptr + b.to(tl.int64) * 2**K_LOG + k)
@@ -62,10 +70,11 @@ def list_of_user(
         run = tl.full((2**K_LOG,), EMPTY, tl.int64)
     buffer_ptr += b.to(tl.int64) * CAPACITY
     if FILTERED:
-        found = tl.load(found_ptr + b)
-        tl.debug_barrier()  # every thread has read the count
-        tl.store(found_ptr + b, 0)
-        run = fold(run, buffer_ptr, tl.where(found < 0, CAPACITY, found), K_LOG, CHUNK_LOG)
+        if tl.load(open_ptr + b) != 0:
+            found = tl.load(found_ptr + b)
+            run = fold(run, buffer_ptr, tl.where(found < 0, CAPACITY, found), K_LOG, CHUNK_LOG)
+        else:
+            run = tl.load(run_ptr + b.to(tl.int64) * 2**K_LOG + k)
     else:
         row_ptr = scores_ptr + b.to(tl.int64) * stride_scores
         first = tl.load(offsets_ptr + b) if HAS_EXCLUDE else 0
@@ -90,22 +99,34 @@ def store_list(ids_ptr, best_ptr, run, K, K_LOG: tl.constexpr):
 def linear_topk_fwd_kernel(
     ids_ptr, best_ptr,                              # out [B, K], [B, K]
     scores_ptr, buffer_ptr, found_ptr, run_ptr,     # scratch [B, N], [B, CAPACITY], [B], [B, 2^K_LOG]
-    items_ptr, offsets_ptr,                         # in: excluded [E], [B + 1]
+    active_ptr, open_ptr,                           # in and out [1], in [B]
+    items_ptr, offsets_ptr,                         # excluded [E], [B + 1]
     start, M, N, K, step,
     stride_scores,
-    LAST: tl.constexpr, CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
+    LAST: tl.constexpr, OPEN: tl.constexpr,
+    CARRIED: tl.constexpr, FILTERED: tl.constexpr, HAS_EXCLUDE: tl.constexpr,
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Equation (2). One program per user; the last chunk writes the list, the others hand their keys on."""
+    """Equation (2). One program per user, or open user where OPEN; the last chunk writes the list, the others hand
+    their keys on.
+    """
     b = tl.program_id(0)
-    run = list_of_user(
-        b, scores_ptr, buffer_ptr, found_ptr, run_ptr, items_ptr, offsets_ptr, start, M, N, K, step, stride_scores,
-        CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM,
-    )  # fmt: skip
-    if LAST:
-        store_list(ids_ptr + b.to(tl.int64) * K, best_ptr + b.to(tl.int64) * K, run, K, K_LOG)
-    else:
-        tl.store(run_ptr + b.to(tl.int64) * 2**K_LOG + tl.arange(0, 2**K_LOG), run)
+    if FILTERED:
+        if b == 0:
+            tl.store(active_ptr, 0)
+    wanted = True
+    if OPEN:
+        wanted = tl.load(open_ptr + b) != 0
+    if wanted:
+        run = list_of_user(
+            b, scores_ptr, buffer_ptr, found_ptr, run_ptr, open_ptr, items_ptr, offsets_ptr,
+            start, M, N, K, step, stride_scores,
+            CARRIED, FILTERED, HAS_EXCLUDE, K_LOG, CHUNK_LOG, LANES, CAPACITY, ASM,
+        )  # fmt: skip
+        if LAST:
+            store_list(ids_ptr + b.to(tl.int64) * K, best_ptr + b.to(tl.int64) * K, run, K, K_LOG)
+        else:
+            tl.store(run_ptr + b.to(tl.int64) * 2**K_LOG + tl.arange(0, 2**K_LOG), run)
 
 
 # Launchers
@@ -124,11 +145,16 @@ class Pending(NamedTuple):
     carried: bool
     filtered: bool = False
     step: int = 1  # column n is item start + n step
+    seen: Look | None = None  # who is open; None: everyone
 
-    def arguments(self) -> tuple[object, ...]:
-        """Scratch and inputs in the kernels' order."""
-        items, offsets = self.exclude or (self.found, self.found)
-        return self.scores, self.buffer, self.found, self.run, items, offsets
+    def scratch(self) -> tuple[Tensor, ...]:
+        """Of the kernels, in their order."""
+        return self.scores, self.buffer, self.found, self.run
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Of the kernels, in their order: who is open and how many they are, and the excluded rows."""
+        looked = (self.found, self.found) if self.seen is None else (self.seen.active, self.seen.open)
+        return *looked, *(self.exclude or (self.found, self.found))
 
     def sizes(self, k: int) -> tuple[int, ...]:
         """start, M, N, K, step and the stride of the scores."""
@@ -146,64 +172,118 @@ class Pending(NamedTuple):
 
 
 def pending(
-    u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None, state: LoopState, scores: Tensor | None = None
-) -> Pending:
-    """Scores every item and selects from all chunks but the last, which stays in `Pending.scores`.
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    exclude: CSR | None,
+    state: LoopState,
+    turn: tuple[Hashable, ...] | None = None,
+) -> tuple[Pending, bool]:
+    """Scores every item that may matter and selects from all chunks but the last, which stays in `Pending.scores`.
 
     Args:
-        scores: the whole catalogue's scores [B, width], where they are known.
+        turn: what a step's answers depend on beside u, where those of users who have not moved since the step before
+            need not be computed; None where everyone's are wanted.
+
+    Returns:
+        What the last kernel needs, and whether users who have not moved are left out.
     """
-    B, M = len(u), len(weight)
-    run = state.empty("run", (B, 1 << selection(k)["K_LOG"]), torch.int64, u)
-    buffer = state.empty("buffer", (B, CAPACITY), torch.int64, u)
-    found = state.zeros("found", (B,), torch.int32, u)
-    if scores is not None:
-        return Pending(scores, buffer, found, run, exclude, 0, M, False)
+    M = len(weight)
+    u = rows_first(u)
+    first = turn is None or state.turn != (turn, u.shape, u.dtype)
+    state.steps = 0 if first else state.steps + 1
+    if turn is not None:
+        state.turn = turn, u.shape, u.dtype
+    buffer, found, run = scratch(state, u, k)
     if linear_filter.wanted(u, M):
-        tau = threshold(u, weight, bias, k, exclude, state)
-        linear_filter.survivors(u, rows_first(weight), bias, k, exclude, tau, buffer, found)
-        return Pending(buffer, buffer, found, run, None, 0, M, False, True)
+        compared = turn is not None
+        seen, fresh = survivors(u, rows_first(weight), bias, k, exclude, state, compared, first)
+        return Pending(buffer, buffer, found, run, None, 0, M, False, True, seen=seen), compared and not fresh
+    seen = None if turn is None else look(u, k, state, first=first, compared=True)
+    skipped = seen is not None and not first and skips(u, state.steps)
     width = chunk_width(u, M)
-    scores = state.empty("scores", (B, width), u.dtype, u)
+    scores = state.empty("scores", (len(u), width), u.dtype, u)
     block = None
     for start, stop in chunks(M, width):
         if block is not None:
             launch(block, None, None, k)
-        product(u, weight, bias, start, stop, scores, state)
-        block = Pending(scores, buffer, found, run, exclude, start, stop - start, start > 0)
+        if skipped and seen is not None:
+            open_scores(u, rows_first(weight)[start:stop], bias[start:stop], scores, seen)
+        else:
+            product(u, weight, bias, start, stop, scores, state)
+        block = Pending(scores, buffer, found, run, exclude, start, stop - start, start > 0, seen=seen)
     assert block is not None
-    return block
+    return block, seen is not None and not first
 
 
-def threshold(u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None, state: LoopState) -> Tensor:
-    """A score for every user that a few times k items reach. [B] float32
+def scratch(state: LoopState, u: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' buffer [B, CAPACITY], found [B] and run [B, 2^K_LOG]: one of each for a state and a length."""
+    return (
+        state.empty("buffer", (len(u), CAPACITY), torch.int64, u),
+        state.zeros("found", (len(u),), torch.int32, u),
+        state.empty("run", (len(u), 1 << selection(k)["K_LOG"]), torch.int64, u),
+    )
 
-    From the third call of a loop on the code has all but stopped moving, and the last threshold serves again.
+
+def survivors(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    exclude: CSR | None,
+    state: LoopState,
+    compared: bool,
+    first: bool,
+) -> tuple[Look, bool]:
+    """Keys among which every open user's k best are, in the buffer; lists of the others who have moved, in the run.
+
+    Candidates serve lists up to twice as long as those that they were found for.
+
+    Returns:
+        Who is open, and whether everyone is, there being no step before.
     """
-    if state.calls >= 2 and state.tau is not None and state.k == k and len(state.tau) == len(u):
-        return state.tau
-    step, r = linear_filter.rank(k, len(weight))
+    of = u.shape, u.dtype, *((t.data_ptr(), t.shape) for t in (weight, bias, *(exclude or ())))
+    fresh = (compared and first) or state.wide != of or k > 2 * state.k
+    if fresh:
+        state.wide, state.k = of, k
+        state.norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).amax()[None]
+    assert state.norm is not None
+    buffer, found, run = scratch(state, u, k)
+    step, r = linear_filter.rank(state.k, len(weight))
+    best = state.empty("sample_best", (len(u), min(r, MAX_K)), u.dtype, u)
+    tau = best[:, -1]
+    wide = Wide(weight, bias, tau, state.norm, buffer, found, run)
+    seen = look(u, k, state, first=fresh, compared=compared, wide=wide)
     if r > MAX_K:
-        return u.new_full((len(u),), float("-inf"), dtype=torch.float32)
-    rows, shift = weight[::step], bias[::step]
-    width = -(-len(rows) // ALIGN) * ALIGN
-    scores = state.empty("sample", (len(u), width), u.dtype, u)
-    product(u, rows, shift, 0, len(rows), scores, None)
+        best.fill_(float("-inf"))
+    else:
+        threshold(u, wide, step, exclude, state, best, seen)
+    linear_filter.survivors(u, weight, bias, k, exclude, tau, buffer, found, seen)
+    return seen, fresh
+
+
+def threshold(
+    u: Tensor, wide: Wide, step: int, exclude: CSR | None, state: LoopState, best: Tensor, seen: Look
+) -> None:
+    """Every open user's r best scores of every step-th item into best [B, r]; a few times k items of all reach the last
+    of them. Their buffers are used: nobody needs what they held.
+    """
+    r, weight, bias = best.shape[1], wide.weight[::step], wide.bias[::step]
+    scores = state.empty("sample", (len(u), round_up(len(weight), ALIGN)), u.dtype, u)
+    open_scores(u, weight, bias, scores, seen)
     run = state.empty("sample_run", (len(u), 1 << selection(r)["K_LOG"]), torch.int64, u)
-    buffer = state.empty("buffer", (len(u), CAPACITY), torch.int64, u)
-    found = state.zeros("found", (len(u),), torch.int32, u)
-    ids, best = empty_lists(u, r)
-    launch(Pending(scores, buffer, found, run, exclude, 0, len(rows), False, step=step), ids, best, r)
-    state.calls, state.k = (state.calls + 1 if state.k == k else 1), k
-    state.tau = best[:, -1].float()
-    return state.tau
+    ids = state.empty("sample_ids", best.shape, torch.int64, u)
+    block = Pending(scores, wide.buffer, wide.found, run, exclude, 0, len(weight), False, step=step, seen=seen)
+    launch(block, ids, best, r)
 
 
 def launch(block: Pending, ids: Tensor | None, best: Tensor | None, k: int) -> None:
     """Selects from one chunk, into the carried keys or, where they are given, the lists."""
     out = (block.run, block.scores) if ids is None or best is None else (ids, best)
     linear_topk_fwd_kernel[(len(block.scores),)](
-        *out, *block.arguments(), *block.sizes(k), LAST=ids is not None, **block.flags(k), num_warps=4,
+        *out, *block.scratch(), *block.inputs(), *block.sizes(k),
+        LAST=ids is not None, OPEN=block.seen is not None and not block.filtered, **block.flags(k), num_warps=4,
         maxnreg=128,  # as in feedback_step
     )  # fmt: skip
 
@@ -218,9 +298,10 @@ def linear_topk(
 ) -> tuple[Tensor, Tensor]:
     """Equation (2): ids and scores of the K best items, excluded ones left out. [B, K] twice"""
     k = min(k, len(weight))
-    if k > MAX_K:
+    if k > MAX_K or not covers(u, weight, bias):
         return library.linear_topk(u, weight, bias, k, exclude)
     ids, best = empty_lists(u, k)
     if ids.numel():
-        launch(pending(rows_first(u), weight, bias, k, exclude, state or LoopState()), ids, best, k)
+        block, _ = pending(u, weight, bias, k, exclude, state or LoopState())
+        launch(block, ids, best, k)
     return ids, best

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cfsfl_fast.kernels.tile import power_of_two, row_tile, rows_first, vector
+from cfsfl_fast import library
+from cfsfl_fast.kernels.tile import covers, power_of_two, row_tile, rows_first, vector
 
 SPLIT = 128
 """Entries whose sum one program makes; segments below twice that are never split."""
@@ -132,6 +133,8 @@ def blocks(D: int) -> dict[str, int]:
 
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
+    if not covers(table) or not (weights is None or covers(weights)):
+        return library.row_bag(table, items, offsets, weights)
     B, D = len(offsets) - 1, table.shape[1]
     out = table.new_empty(B, D)
     if out.numel():
@@ -145,6 +148,8 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
 
 def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, n_items: int) -> Tensor:
     """The gradient of `row_bag` for its table [M, D]: segment sums in item order."""
+    if not covers(dout) or not (weights is None or covers(weights)):
+        return library.row_bag_backward(dout, items, offsets, weights, n_items)
     (B, D), E = dout.shape, len(items)
     dtable = dout.new_empty(n_items, D)
     if E == 0 or dtable.numel() == 0:

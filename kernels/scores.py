@@ -12,6 +12,7 @@ Numerics  As torch.addmm in the dtype of u: `torch.set_float32_matmul_precision`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,24 @@ CHUNK_BYTES = {80: 24 << 20, 90: 40 << 20, 100: 80 << 20}
 
 
 class LoopState:
-    """Buffers and thresholds that one loop's calls hand to each other; a call without one allocates its own."""
+    """What one loop's calls hand to each other; a call without one allocates its own.
+
+    On the device, allocated at the first call that needs it and of one shape from then on: `_buffers` (scratch; the codes
+    of the last step; of a wide catalogue the anchors, candidates and thresholds), `norm`, and the last step's answers.
+    On the host: numbers that count the calls and say whose buffers these are. Which users are at rest or have a proof is
+    known to the device alone: no call waits for it, and the calls of one loop launch the same kernels on the same
+    addresses whatever the data is, so that a graph that captured them replays them.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._tail: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
-        self.tau: Tensor | None = None
-        self.calls = 0  # with lists of length k
-        self.k = 0
+        self.turn: Any = None  # what the last feedback step's answers depend on beside the code
+        self.steps = 0  # feedback steps of this turn so far
+        self.answers: tuple[Tensor, ...] | None = None  # of the last feedback step
+        self.wide: Any = None  # whose candidates these are
+        self.k = 0  # the length of list that they were found for
+        self.norm: Tensor | None = None  # the largest row of the output layer [1]
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """An uninitialised buffer, the same one for every call with this name and shape."""

@@ -303,6 +303,19 @@ def is_listed(items_ptr, first, last, item):
     return (low < last) & (tl.load(items_ptr + low, mask=low < last, other=-1) == item)
 
 
+@triton.jit
+def scores_of_items(u_ptr, weight_ptr, bias_ptr, m, in_m, H, stride_weight, BLOCK_H: tl.constexpr):
+    """< u, weight_m > + bias_m of one user, float32 sums. [len(m)]"""
+    h = tl.arange(0, BLOCK_H)
+    products = tl.zeros((m.shape[0], BLOCK_H), tl.float32)
+    for h0 in range(0, H, BLOCK_H):
+        in_h = h0 + h < H
+        x = tl.load(u_ptr + h0 + h, mask=in_h, other=0.0).to(tl.float32)
+        w = row_tile(weight_ptr + h0, m, stride_weight, h, in_m[:, None] & in_h[None, :])
+        products += w * x[None, :]
+    return tl.sum(products, 1) + tl.load(bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+
+
 # Lists
 
 
@@ -358,6 +371,11 @@ def selection(k: int) -> dict[str, Any]:
 
 CAPACITY = 4096
 """Keys that a row's buffer holds; half of it at least LANES."""
+
+
+def covers(*tensors: Tensor) -> bool:
+    """Whether the kernels compute with tensors of these dtypes; float64 is left to library calls."""
+    return all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in tensors)
 
 
 def interpreted() -> bool:

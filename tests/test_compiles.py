@@ -45,6 +45,8 @@ LIMITS = {
     "row_bag_bwd_kernel": Limit(8, 2, "as above, and most programs only write zeros"),
     "row_dot_fwd_kernel": Limit(6, 2, "gathers rows of 64"),
     "fuse_fwd_kernel": Limit(6, 2, "gathers rows of 64"),
+    "look_fwd_kernel": Limit(4, 0, "one program per user, most of which compare two rows and stop"),
+    "linear_scores_fwd_kernel": Limit(1, 0, "as the filter's product"),
     "linear_filter_fwd_kernel": Limit(1, 0, "one program of eight warps owns a multiprocessor's tensor cores"),
     "linear_filter_check_kernel": Limit(4, 0, "runs once per user"),
     "linear_filter_rescue_kernel": Limit(3, 2, "nearly every program stops at once"),
@@ -94,7 +96,9 @@ def test_loads_are_wide(rows: list[dict[str, Any]]) -> None:
 def test_products_run_on_tensor_cores(rows: list[dict[str, Any]], target: int, instruction: str) -> None:
     """The filter's product on each architecture's own instruction; the small layers, 16 users high, on the common
     one."""
-    filters = [row for row in rows if row["kernel"] == "linear_filter_fwd_kernel" and row["target"] == target]
+    products = "linear_filter_fwd_kernel", "linear_scores_fwd_kernel"
+    filters = [row for row in rows if row["kernel"] in products and row["target"] == target]
+    assert filters
     assert all(row["instructions"].get(instruction) for row in filters)
     steps = [row for row in rows if row["kernel"] == "feedback_step_fwd_kernel" and row["target"] == target]
     assert all(row["instructions"].get("HMMA") for row in steps if row["dtype"] == "bf16")

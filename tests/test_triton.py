@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 def test_kernels_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
-         "-k", "triton", "tests/triton_cases.py", "tests/triton_faults.py", "tests/triton_waiting.py",
+         "-k", "triton", *(f"tests/triton_{name}.py" for name in ("cases", "faults", "resting", "waiting")),
          "tests/test_compiling.py"],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip

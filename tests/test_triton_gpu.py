@@ -15,6 +15,7 @@ if torch.cuda.is_available():
     from .triton_cases import *  # noqa: F403
     from .triton_cases import kernels, reference
     from .triton_faults import *  # noqa: F403
+    from .triton_resting import *  # noqa: F403
 
 DEVICE = "cuda"
 

@@ -23,9 +23,9 @@ if INTERPRETED:
 from cfsfl_fast import backends, kernels, ops, reference  # noqa: E402  (the interpreter is chosen before Triton is imported)
 
 # The package's functions have their files' names.
-step_file, linear_filter, linear_nll, linear_topk, row_bag, tile = (
+step_file, linear_filter, linear_nll, linear_topk, resting, row_bag, tile = (
     importlib.import_module(f"cfsfl_fast.kernels.{name}")
-    for name in ("feedback_step", "linear_filter", "linear_nll", "linear_topk", "row_bag", "tile")
+    for name in ("feedback_step", "linear_filter", "linear_nll", "linear_topk", "resting", "row_bag", "tile")
 )
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -101,7 +101,7 @@ def chunked(monkeypatch: pytest.MonkeyPatch) -> None:
 def filtered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every catalogue is filtered, into buffers that overflow soon."""
     monkeypatch.setenv("CFSFL_FILTER_FROM", "1")
-    for module in (tile, linear_topk, linear_filter):
+    for module in (tile, linear_topk, linear_filter, resting):
         monkeypatch.setattr(module, "CAPACITY", 1024)
 
 
@@ -151,7 +151,7 @@ def test_filter_without_certificate(excluding: bool, monkeypatch: pytest.MonkeyP
     """All equal, nearly all excluded, thresholds that nobody or everybody reaches."""
     M = 1100
     tau = torch.tensor([9.0, float("-inf"), 1.0], device=DEVICE)
-    monkeypatch.setattr(linear_topk, "threshold", lambda *_: tau)
+    monkeypatch.setattr(linear_topk, "threshold", lambda *a: a[5][:, -1].copy_(tau))
     u, weight, bias = integers(3, 2) * 0, integers(M, 2), torch.ones(M, device=DEVICE)
     gone = torch.arange(200, M, device=DEVICE), torch.tensor([0, 0, 0, M - 200], device=DEVICE)
     ids, scores = kernels.linear_topk(u, weight, bias, 20, gone if excluding else None)
