@@ -26,6 +26,9 @@ PARTS = "gpu_parts.jsonl"
 """File in the results' folder: what each part came to."""
 
 
+OPERATIONS = ("feedback_step", "linear_topk", "linear_nll", "row_bag")
+
+
 class Part(NamedTuple):
     """A command and the seconds it may take."""
 
@@ -60,12 +63,17 @@ def parts(results: Path, cuda: bool) -> list[Part]:
         Part("bench_training", [*bench, "benches/bench_training.py"], 90),
         Part("tests of kernels", [*test, "tests/test_triton_gpu.py"], 120),
         Part("bench_recommend", [*bench, "benches/bench_recommend.py"], 60),
+        Part(
+            "operations",
+            [*bench, "-k", "every_size and B=500", *(f"benches/bench_{op}.py" for op in OPERATIONS)],
+            90,
+        ),
         Part("bench_schedule", [*bench, "benches/bench_schedule.py"], 90),
         Part("tests of numerics", [*test, "tests/test_numerics.py", "tests/test_synthetic.py"], 60),
         Part("profile", [*python, "benches/profile_loop.py", "--results", str(results)], 60),
         Part("torch.compile", [*bench, "--compile", "-k", "compiled", "benches/bench_loop.py"], 100),
     ]
-    heavy = {"bench_training", "bench_recommend", "torch.compile"}
+    heavy = {"bench_training", "bench_recommend", "operations", "torch.compile"}
     return [part for part in todo if cuda or part.name not in heavy]
 
 

@@ -8,8 +8,8 @@ Two ways, chosen by `filter_from`:
 *Select.* The library's product, a chunk of items at a time, into a buffer that stays in the second-level cache; one
 program per user selects from it (`tile.select_row`) and carries its list from chunk to chunk.
 
-*Filter* (`linear_filter`). A product whose epilogue keeps what reaches a threshold; nothing else is stored. In a loop it
-is for those alone whose list does not follow from an earlier step (`resting`).
+*Filter* (`linear_filter`). A product whose epilogue keeps what reaches a threshold; nothing else is stored. In a
+loop it is for those alone whose list does not follow from an earlier step (`resting`).
 
 Shapes    u [B, H], weight [M, H], bias [M]; ids [B, K] int64, scores [B, K] in the dtype of u.
 Traffic   select: the scores are written once and read twice from cache, 2 B M itemsize bytes beside the product's own.
@@ -111,7 +111,7 @@ def linear_topk_fwd_kernel(
     their keys on.
     """
     b = tl.program_id(0)
-    if FILTERED:
+    if FILTERED:  # noqa: SIM102  (a constexpr)
         if b == 0:
             tl.store(active_ptr, 0)
     wanted = True
@@ -200,21 +200,21 @@ def pending(
         compared = turn is not None
         seen, fresh = survivors(u, rows_first(weight), bias, k, exclude, state, compared, first)
         return Pending(buffer, buffer, found, run, None, 0, M, False, True, seen=seen), compared and not fresh
-    seen = None if turn is None else look(u, k, state, first=first, compared=True)
-    skipped = seen is not None and not first and skips(u, state.steps)
+    looked = None if turn is None else look(u, k, state, first=first, compared=True)
+    skipped = looked is not None and not first and skips(u, state.steps)
     width = chunk_width(u, M)
     scores = state.empty("scores", (len(u), width), u.dtype, u)
     block = None
     for start, stop in chunks(M, width):
         if block is not None:
             launch(block, None, None, k)
-        if skipped and seen is not None:
-            open_scores(u, rows_first(weight)[start:stop], bias[start:stop], scores, seen)
+        if skipped and looked is not None:
+            open_scores(u, rows_first(weight)[start:stop], bias[start:stop], scores, looked)
         else:
             product(u, weight, bias, start, stop, scores, state)
-        block = Pending(scores, buffer, found, run, exclude, start, stop - start, start > 0, seen=seen)
+        block = Pending(scores, buffer, found, run, exclude, start, stop - start, start > 0, seen=looked)
     assert block is not None
-    return block, seen is not None and not first
+    return block, looked is not None and not first
 
 
 def scratch(state: LoopState, u: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

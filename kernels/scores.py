@@ -27,11 +27,11 @@ CHUNK_BYTES = {80: 24 << 20, 90: 40 << 20, 100: 80 << 20}
 class LoopState:
     """What one loop's calls hand to each other; a call without one allocates its own.
 
-    On the device, allocated at the first call that needs it and of one shape from then on: `_buffers` (scratch; the codes
-    of the last step; of a wide catalogue the anchors, candidates and thresholds), `norm`, and the last step's answers.
-    On the host: numbers that count the calls and say whose buffers these are. Which users are at rest or have a proof is
-    known to the device alone: no call waits for it, and the calls of one loop launch the same kernels on the same
-    addresses whatever the data is, so that a graph that captured them replays them.
+    On the device, allocated at the first call that needs it and of one shape from then on: `_buffers` (scratch, the
+    codes of the last step, and of a wide catalogue the anchors, candidates and thresholds), `norm`, and the last step's
+    answers. On the host: numbers that count the calls and say whose buffers these are. Which users are at rest or have
+    a proof is known to the device alone: no call waits for it, and the calls of one loop launch the same kernels on the
+    same addresses whatever the data is, so that a graph that captured them, from `loop_state` on, replays them.
     """
 
     def __init__(self) -> None:

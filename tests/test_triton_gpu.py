@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 if torch.cuda.is_available():
     from .triton_cases import *  # noqa: F403
-    from .triton_cases import kernels, reference
+    from .triton_cases import kernels, reference, step_inputs
     from .triton_faults import *  # noqa: F403
     from .triton_resting import *  # noqa: F403
 
@@ -26,8 +26,13 @@ def production(M: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, 
     return tuple(t.to(DEVICE, dtype) for t in (u, weight, bias))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("M", [20_108, 41_140, 1_000_000])
+@pytest.mark.parametrize(
+    ("M", "dtype"),
+    [
+        *((M, dtype) for M in (20_108, 41_140, 1_000_000) for dtype in (torch.float32, torch.bfloat16)),
+        (4_000_000, torch.bfloat16),  # more than 2^31 weights
+    ],
+)
 def test_lists_at_production_sizes(M: int, dtype: torch.dtype) -> None:
     """The K-th score is the library's, to rounding; every run gives the same bits."""
     u, weight, bias = production(M, dtype)
@@ -66,6 +71,35 @@ def test_a_captured_graph_replays_what_ran() -> None:
         graph.replay()
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("M", [20_108, 300_000])
+def test_a_captured_loop_knows_who_rests(M: int) -> None:
+    """One graph for codes that rest, drift and jump: who is open is decided on the device, at every replay."""
+    u, weight, bias = production(M, torch.bfloat16)
+    _, _, _, hx, lookup, reward, feedback, hoisted, wv = (
+        t.to(DEVICE) if isinstance(t, torch.Tensor) else [(w.to(DEVICE), b.to(DEVICE)) for w, b in t]
+        for t in step_inputs(500, M, 1, 64, 128, 128)
+    )
+    codes = [u.clone() for _ in range(4)]
+
+    def loop(remember: bool) -> list[torch.Tensor]:
+        state = kernels.loop_state() if remember else None
+        rest = hx, lookup, reward, feedback, hoisted, wv, 50, "hard", None, state
+        return [t for code in codes for t in kernels.feedback_step(code, weight, bias, *rest)[:5]]
+
+    for _ in range(2):
+        loop(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = loop(True)
+    for sizes in ((0, 0, 0), (0.01, 0, 0), (1, 0.01, 1), (0, 1, 0)):
+        for last, code, size in zip(codes[:-1], codes[1:], sizes, strict=True):
+            code.copy_(last + size * torch.randn_like(last) * (torch.arange(500, device=DEVICE) % 3 > 0)[:, None])
+        graph.replay()
+        alone = loop(False)
+        for found, expected in zip(got[3::5], alone[3::5], strict=True):  # scores: near-ties may change places
+            torch.testing.assert_close(found.float(), expected.float(), atol=0.05, rtol=0)
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -122,7 +123,8 @@ def exact_topk(B: int, M: int, k: int, dtype: torch.dtype, excluding: bool, call
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("B", "M", "k"), [(3, 1, 1), (4, 63, 7), (3, 300, 1), (3, 4111, 50), (2, 3001, 256), (2, 40, 40)]
+    ("B", "M", "k"),
+    [(3, 1, 1), (4, 63, 7), (3, 300, 1), (3, 4111, 50), (2, 3001, 256), (2, 40, 40), (1, 300, 17), (1, 300, 129)],
 )
 def test_topk_is_exact(B: int, M: int, k: int, dtype: torch.dtype) -> None:
     exact_topk(B, M, k, dtype, excluding=M != 300)
@@ -186,6 +188,28 @@ def test_topk_of_special_scores(name: str, k: int, monkeypatch: pytest.MonkeyPat
         true_ids, true_scores = reference.top(bias[None], k)
         assert torch.equal(ids, true_ids), name
         assert torch.equal(scores, true_scores)
+
+
+def test_topk_of_millions() -> None:
+    M = 1_100_003
+    bias = torch.arange(M, device=DEVICE) % 1000 * -1.0
+    bias[-3:] = torch.tensor([1.0, 3.0, 2.0], device=DEVICE)
+    zero = torch.zeros(1, 1, device=DEVICE)
+    ids, _ = kernels.linear_topk(zero, torch.zeros(M, 1, device=DEVICE), bias, 6)
+    assert ids.tolist() == [[M - 2, M - 1, M - 3, 0, 1000, 2000]]
+
+
+def test_tables_of_more_than_two_billion_elements() -> None:
+    """Places of elements need 64 bits. A CPU's pages of zeros take no memory until they are written."""
+    M, D = (1 << 25) + 9, 64
+    zeros = np.zeros((M, D), np.float16)
+    table = torch.from_numpy(zeros) if INTERPRETED else torch.zeros(M, D, dtype=torch.float16, device=DEVICE)
+    table[-1], table[7] = 5, 2
+    items, offsets = torch.tensor([7, M - 1], device=DEVICE), torch.tensor([0, 2], device=DEVICE)
+    assert (kernels.row_bag(table, items, offsets) == 7).all()
+    h, _ = kernels.fuse(table[:1], table, items[None], table[:1, :2], "hard")
+    assert (h == 3.5).all()
+    assert (kernels.row_dot(h, table, items[None]) == torch.tensor([7 * D, 17.5 * D], device=DEVICE)).all()
 
 
 def test_topk_overflows_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ MOVES = [[*range(18)], [1, 17], [], [1, 4]]
 
 
 def test_users_at_rest(looks: list[tuple[list[int], list[int]]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of which some move, one of which the only one does, none at all; products of the library's and of ours."""
+    """Groups of which some users move, one or none; products of the library's and of ours."""
     turns(18, 70, 6, MOVES)
     assert looks == [(move, move) for move in MOVES]
     monkeypatch.setenv("CFSFL_SKIP_FROM", "1")
