@@ -304,3 +304,16 @@ def feedback_step(
     h, w = fuse(hx, lookup, ids, scores, action)
     logit, v = respond(h, reward, feedback)
     return v, logit, ids, scores, library.follow(v, hoisted, wv), h, w
+
+
+def slim(gram: Tensor, first: int, last: int, l1: float, l2: float) -> tuple[Tensor, int]:
+    """Weights of the items first..last on all others [last - first, M], and how many of them did not converge."""
+    if not _covers(gram):
+        return library.slim(gram, first, last, l1, l2)
+    gram = gram.contiguous()
+    M = len(gram)
+    if gram.shape != (M, M) or not 0 <= first <= last <= M:
+        raise ValueError(f"columns {first} to {last} of a Gram matrix of shape {(*gram.shape,)}")
+    columns = gram.new_empty(last - first, M)
+    rest = library.SLIM_TOLERANCE, library.SLIM_PASSES, _threads()
+    return columns, _cpp.slim(columns.data_ptr(), gram.data_ptr(), M, first, last, l1, l2, *rest)

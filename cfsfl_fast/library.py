@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -506,3 +507,40 @@ def _warp(scores: Tensor, positive: Tensor, harmonic: Tensor) -> Tensor:
     ds = torch.where(hit, -phi * above, torch.where(miss, below, 0))
     scores.scatter_(1, order, ds.to(scores.dtype))
     return loss.to(scores.dtype)
+
+
+SLIM_TOLERANCE = 1e-5
+"""A column is finished when no weight moves further in a pass over all."""
+
+SLIM_PASSES = 1000
+
+
+def slim(gram: Tensor, first: int, last: int, l1: float, l2: float) -> tuple[Tensor, int]:
+    """Weights of the items first..last on all others [last - first, M], and how many of them did not converge.
+
+    Coordinate descent on the Gram matrix, as csrc/slim.cpp has it, one change of a weight per call of the library.
+    """
+    G = gram.double().numpy()
+    columns = torch.zeros(last - first, len(gram), dtype=gram.dtype)
+    unfinished = 0
+    for column, j in zip(columns, range(first, last), strict=True):
+        items = (gram[j] > l1).nonzero().squeeze(1)
+        items = items[items != j]
+        some = items.numpy()
+        r, w, own = G[j, some].copy(), np.zeros(len(some)), G[np.ix_(some, some)]
+        places = list(range(len(some)))
+        for _ in range(SLIM_PASSES):
+            moved = 0.0
+            for s in places:
+                change = max(0.0, r[s] + own[s, s] * w[s] - l1) / (own[s, s] + l2) - w[s]
+                if change:
+                    r -= change * own[s]
+                    w[s] += change
+                    moved = max(moved, abs(change))
+            if moved <= SLIM_TOLERANCE and len(places) == len(some):
+                break
+            places = list(range(len(some))) if moved <= SLIM_TOLERANCE else w.nonzero()[0].tolist()
+        else:
+            unfinished += 1
+        column[items] = torch.from_numpy(w).to(gram.dtype)
+    return columns, unfinished

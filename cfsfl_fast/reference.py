@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -248,3 +249,17 @@ def evidence(precision: Tensor, counts: Tensor, kept: Tensor, ids: Tensor, first
     columns = [e, b.clamp_max(0).sum(0), best, roots, squares, rare, *logs, standard(e), standard(rare)]
     columns += [counts[ids].log1p(), torch.full_like(e, len(kept)).log1p()]
     return torch.stack(columns, 1)
+
+
+def slim(gram: Tensor, first: int, last: int, l1: float, l2: float) -> tuple[Tensor, int]:
+    """argmin over w >= 0, w_j = 0 of 1/2 |X_j - X w|^2 + l2 / 2 |w|^2 + l1 sum w, gram = X^T X; j = first .. last - 1.
+
+    As a non-negative least squares: |L^T w - L^-1 (g - l1)|^2 with L L^T = G + l2 I, without row and column j.
+    """
+    columns = torch.zeros(last - first, len(gram), dtype=gram.dtype)
+    for column, j in zip(columns, range(first, last), strict=True):
+        others = torch.arange(len(gram)) != j
+        L = torch.linalg.cholesky(gram[others][:, others].double() + l2 * torch.eye(len(gram) - 1))
+        aim = torch.linalg.solve_triangular(L, (gram[others, j].double() - l1)[:, None], upper=False)
+        column[others] = torch.from_numpy(nnls(L.T.numpy(), aim.squeeze(1).numpy())[0]).to(gram.dtype)
+    return columns, 0

@@ -131,6 +131,14 @@ PYBIND11_MODULE(_cpp, m) {
         },
         release());
     m.def(
+        "slim",
+        [](Address columns, Address G, int64_t M, int64_t first, int64_t last, double l1, double l2, double tolerance,
+           int passes, int threads) {
+            follow_caller(threads);
+            return slim(at<float>(columns), at<const float>(G), M, first, last, l1, l2, tolerance, passes, threads);
+        },
+        release());
+    m.def(
         "fuse",
         [](Address h, Address w, Address hx, Address lookup, Address ids, Address scores, bool soft, int64_t B,
            int64_t K, int64_t D, int threads) {

@@ -18,6 +18,11 @@ void row_bag_backward(float* dtable, const float* dout, const int64_t* items, co
 void row_dot(float* out, const float* x, const float* table, const int64_t* ids, int64_t B, int64_t K, int64_t D,
              int threads);
 
+// slim.cpp
+// Returns how many columns did not converge in so many passes.
+int64_t slim(float* columns, const float* G, int64_t M, int64_t first, int64_t last, double l1, double l2,
+             double tolerance, int passes, int threads);
+
 // feedback_step.cpp
 void fuse(float* h, float* w, const float* hx, const float* lookup, const int64_t* ids, const float* scores, bool soft,
           int64_t B, int64_t K, int64_t D, int threads);

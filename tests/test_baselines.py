@@ -13,7 +13,8 @@ import scipy.sparse as sp
 import torch
 from click.testing import CliRunner
 
-from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, ease, select
+from cfsfl_fast import backends, ops
+from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, SLIM, ease, select
 from cfsfl_fast.baselines.fitted import check_memory
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, Protocol, open_dataset, split_events
@@ -105,6 +106,44 @@ def test_memory_is_looked_at_before_it_is_taken() -> None:
         EASE(sp.csr_matrix((3, 4_000_000), dtype=np.float32))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 2.0), (1.0, 0.5), (4.0, 3.0), (50.0, 1.0)])
+def test_slims_columns_are_the_non_negative_elastic_nets(backend: str, l1: float, l2: float) -> None:
+    if reason := backends.why_not(backend, torch.device("cpu")):
+        pytest.skip(reason)
+    x = torch.from_numpy(ragged().toarray())
+    G = x.T @ x
+    with backends.use_backend("reference"):
+        expected, _ = ops.slim(G, 3, 23, l1, l2)
+    with backends.use_backend(backend):
+        found, unfinished = ops.slim(G, 3, 23, l1, l2)
+    assert unfinished == 0
+    assert torch.allclose(found, expected, atol=2e-4)
+    assert bool(expected.any()) == (l1 < 50)
+    # The conditions of an optimum: no weight wants to move, those at 0 none but down.
+    G = G.double() + l2 * torch.eye(23)
+    for w, j in zip(found.double(), range(3, 23), strict=True):
+        pull = G[j] - l2 * torch.eye(23)[j] - G @ w - l1
+        pull[j] = 0
+        assert float(pull[w > 0].abs().max() if w.any() else 0) < 0.02
+        assert float(pull.max()) < 0.02
+        assert w[j] == 0
+
+
+def test_slim_is_scikit_learns_elastic_net() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    x, l1, l2 = ragged(), 2.0, 5.0
+    fitted = SLIM(x, l1=l1, l2=l2).weight.toarray()
+    dense, n = x.toarray().astype(np.float64), x.shape[0]
+    for j in range(23):
+        net = linear_model.ElasticNet(
+            alpha=(l1 + l2) / n, l1_ratio=l1 / (l1 + l2), positive=True, fit_intercept=False, tol=1e-8, max_iter=10_000
+        )
+        others = np.arange(23) != j
+        assert np.allclose(fitted[others, j], net.fit(dense[:, others], dense[:, j]).coef_, atol=2e-4)
+        assert fitted[j, j] == 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_known_answer(name: str) -> None:
     data = split_events(matrix_events(clusters(400), "clusters"), Protocol(held_out=40))
@@ -155,6 +194,8 @@ def test_values_do_not_count_and_nonsense_is_refused(name: str) -> None:
         ("ease", {"ridge": 0.0}, "ridge must be above 0; got 0"),
         ("ease", {"ridge": math.nan}, "ridge must be above 0; got nan"),
         ("ease", {"alpha": 1}, "EASE has no choice 'alpha'; it has: ridge"),
+        ("slim", {"l1": -1.0}, "l1 must be at least 0; got -1"),
+        ("slim", {"l1": 0.0, "l2": 0.0}, "one of l1 and l2 must be above 0; got 0 and 0"),
         ("edlae", {"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
     ],
 )

@@ -12,10 +12,11 @@ from cfsfl_fast.baselines.ease import EASE, EDLAE
 from cfsfl_fast.baselines.fitted import Fitted
 from cfsfl_fast.baselines.popular import MostPopular
 from cfsfl_fast.baselines.selection import Selection, select
+from cfsfl_fast.baselines.slim import SLIM
 
-__all__ = ["BASELINES", "EASE", "EDLAE", "SEEDED", "Fitted", "MostPopular", "Selection", "select"]
+__all__ = ["BASELINES", "EASE", "EDLAE", "SEEDED", "SLIM", "Fitted", "MostPopular", "Selection", "select"]
 
-BASELINES: dict[str, type[Fitted]] = {"most popular": MostPopular, "ease": EASE, "edlae": EDLAE}
+BASELINES: dict[str, type[Fitted]] = {"most popular": MostPopular, "ease": EASE, "edlae": EDLAE, "slim": SLIM}
 """By name; each is fitted to training histories [U, M] and then recommends."""
 
 SEEDED: frozenset[str] = frozenset()
