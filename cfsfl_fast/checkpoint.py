@@ -6,12 +6,13 @@ neighbours too, so that a file that was truncated, altered or taken from another
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +74,13 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         ValueError: a tensor holds NaN or infinite values, and the file would be refused by who reads it.
     """
     check_tensors(folder / MODEL, tensors, tensors)
-    neighbours = {name: _file_digest(folder / name) for name in _NEIGHBOURS if (folder / name).exists()}
-    write_tensors(folder / MODEL, tensors, {"files": json.dumps(neighbours, sort_keys=True)})
+    write_tensors(folder / MODEL, tensors, neighbours(folder))
+
+
+def neighbours(folder: Path) -> dict[str, str]:
+    """The metadata of a model's tensors: the digests of the files beside them."""
+    found = {name: _file_digest(folder / name) for name in _NEIGHBOURS if (folder / name).exists()}
+    return {"files": json.dumps(found, sort_keys=True)}
 
 
 def load_model(folder: Path) -> SavedModel:
@@ -87,7 +93,12 @@ def load_model(folder: Path) -> SavedModel:
     return files.read_whole(folder, _load_model)
 
 
-def _load_model(folder: Path) -> SavedModel:
+def read_description(folder: Path) -> tuple[int, CFSFLConfig]:
+    """The number of items and the config of a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_model`.
+    """
     described = read_json(folder / CONFIG)
     version = described.pop("format_version", None)
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
@@ -99,7 +110,20 @@ def _load_model(folder: Path) -> SavedModel:
         config = CFSFLConfig.from_dict(described)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
-    tensors, metadata = read_tensors(folder / MODEL)
+    return n_items, config
+
+
+def read_item_ids(folder: Path, n_items: int, metadata: dict[str, str]) -> np.ndarray | None:
+    """The item ids of a folder, if it has them, once every file beside the model's tensors is the one that they name.
+
+    Args:
+        folder: of a model.
+        n_items: M.
+        metadata: of its tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_model`.
+    """
     recorded = _parsed(folder / MODEL, metadata.get("files", ""))
     for name in _NEIGHBOURS:
         if (name in recorded or (folder / name).exists()) and _file_digest(folder / name) != recorded.get(name):
@@ -110,6 +134,13 @@ def _load_model(folder: Path) -> SavedModel:
         if item_ids.shape != (n_items,) or item_ids.dtype.kind not in "iuUS":
             found = f"{item_ids.dtype} of shape {item_ids.shape}"
             raise ValueError(f"{folder / ITEM_IDS}: expected {n_items} integers or texts, found {found}")
+    return item_ids
+
+
+def _load_model(folder: Path) -> SavedModel:
+    n_items, config = read_description(folder)
+    tensors, metadata = read_tensors(folder / MODEL)
+    item_ids = read_item_ids(folder, n_items, metadata)
     memory = read_tensors(folder / MEMORY)[0] if (folder / MEMORY).exists() else None
     return SavedModel(n_items, config, tensors, item_ids, memory)
 
@@ -156,9 +187,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with files.replacing(path) as staged:
         try:
-            described = {**metadata, "sha256": _digest(held, metadata)}
-            # One entry: of several, the library's order changes from call to call, and with it the file's bytes.
-            save_file(held, staged, {_METADATA: json.dumps(described, sort_keys=True)})
+            save_file(held, staged, described(metadata, digest(held, metadata)))
         except SafetensorError as error:
             number = re.search(r"\(os error (\d+)\)", str(error))
             if number is None:
@@ -178,6 +207,66 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with opened(path) as (found, metadata):
+        tensors = dict(found)
+        _compare(path, tensors, metadata)
+    return tensors, metadata
+
+
+def verified(path: Path) -> dict[str, str]:
+    """The metadata of such a file, whose tensors are what was written; one of them at a time is in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_tensors`.
+    """
+    with opened(path) as (found, metadata):
+        _compare(path, found, metadata)
+    return metadata
+
+
+def _compare(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    if metadata.pop("sha256", None) != digest(tensors, metadata):
+        raise _AlteredError(f"{path} is altered: its tensors do not have the digest that was written with them")
+
+
+class _AlteredError(ValueError):
+    """Said already what is wrong with the file."""
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of an open file, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, which is not read."""
+        return list(self._file.get_slice(name).get_shape())
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first .. last - 1 of a tensor; the others are not read."""
+        tensor: Tensor = self._file.get_slice(name)[first:last]
+        return tensor
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Stored, dict[str, str]]]:
+    """The tensors of a file and its metadata with the digest, which is not compared. Inside, read and nothing else.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_tensors`, also where a tensor is read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     from safetensors import SafetensorError, safe_open
@@ -186,12 +275,18 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             metadata = json.loads(found[_METADATA]) if _METADATA in found else dict(found)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not isinstance(metadata, dict):
+                raise TypeError(f"metadata of type {type(metadata).__name__}")
+            yield Stored(file), metadata
+    except _AlteredError:
+        raise
     except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, MemoryError) as error:
         raise ValueError(f"{path} is truncated or altered ({error})") from None
-    if not isinstance(metadata, dict) or metadata.pop("sha256", None) != _digest(tensors, metadata):
-        raise ValueError(f"{path} is altered: its tensors do not have the digest that was written with them")
-    return tensors, metadata
+
+
+def described(metadata: dict[str, str], digest: str) -> dict[str, str]:
+    """Metadata as a file holds it. One entry: of several, the library's order changes from call to call."""
+    return {_METADATA: json.dumps({**metadata, "sha256": digest}, sort_keys=True)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -216,13 +311,21 @@ def _parsed(path: Path, text: bytes | str) -> dict[str, Any]:
     return found
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def raw(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's bytes, not copied."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    found: memoryview = tensor.flatten().view(torch.uint8).numpy().data
+    return found
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors and metadata."""
     sha = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+        sha.update(raw(tensor))
     return sha.hexdigest()
 
 

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -120,6 +121,25 @@ class Group:
         self._text(json.dumps({"found": found}))
         return found
 
+    def all_do(self, act: Callable[[], None]) -> None:
+        """Every process runs `act`; where one fails, all stop.
+
+        Raises:
+            ProcessError: another one failed, and says why.
+        """
+        failure = None
+        try:
+            act()
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = error
+        (failed,) = self.sums([torch.tensor(int(failure is not None), device=self._device)])
+        if failure is not None:
+            raise failure
+        if int(failed):
+            raise ProcessError("another process failed, and says why")
+
     def check_same(self, tensors: Sequence[Tensor], what: str) -> None:
         """Refuses to go on with tensors that are not the same bits in all processes.
 
@@ -167,6 +187,21 @@ ALONE = Group()
 """One process, which communicates with nobody."""
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """Processes in two dimensions.
+
+    Attributes:
+        everyone: all of them; the first writes files and talks to people.
+        data: those with the same rows of the item tables, which share users.
+        items: those with the same users, which share the rows of the item tables.
+    """
+
+    everyone: Group = ALONE
+    data: Group = ALONE
+    items: Group = ALONE
+
+
 def under_torchrun() -> bool:
     """Whether this is one of several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -178,30 +213,50 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[Group]:
+def processes(device: torch.device, item_shards: int = 1) -> Iterator[Mesh]:
     """The processes that torchrun started, or this one alone: nccl between CUDA devices, gloo elsewhere.
+
+    Neighbours by number share the rows of item tables, `item_shards` of them each time. The groups are made one by one,
+    not by `init_device_mesh`, which gives its groups no patience but the default half an hour.
+
+    Args:
+        device: this process's.
+        item_shards: S; divides the number of processes.
 
     Raises:
         ProcessError: the others did not come.
+        ValueError: item_shards does not divide the number of processes.
     """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if item_shards < 1 or size % item_shards:
+        raise ValueError(f"item_shards must divide the number of processes, {size}; got {item_shards}")
     if not under_torchrun():
-        yield ALONE
+        yield Mesh()
         return
     cuda = device.type == "cuda"
     # The group is a default argument of this module's functions from its import on, which torch leaves to whoever comes
     # first; imported later, it keeps the group, whose threads then outlive the interpreter and end the process.
     importlib.import_module("torch.distributed.nn.functional")
+    patience = timedelta(seconds=_patience())
     try:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=_patience()), device_id=device if cuda else None
-        )
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device if cuda else None)
     except (dist.DistError, ValueError) as error:
         raise ProcessError(f"the processes did not find each other ({str(error).splitlines()[0]})") from error
-    group = Group(dist.group.WORLD, device if cuda else "cpu")
+    everyone = Group(dist.group.WORLD, device if cuda else "cpu")
+    mesh = Mesh(everyone, everyone, ALONE)
+    groups = [everyone]
     try:
-        yield group
+        if item_shards > 1:
+            rows = [list(range(first, first + item_shards)) for first in range(0, size, item_shards)]
+            columns = [list(ranks) for ranks in zip(*rows, strict=True)]
+            with everyone._answered():
+                items, data = (dist.new_subgroups_by_enumeration(of, timeout=patience)[0] for of in (rows, columns))
+            groups += [Group(data, everyone._device), Group(items, everyone._device)]
+            mesh = Mesh(everyone, groups[1], groups[2])
+        yield mesh
     finally:
-        group._handle = None  # as above
+        for group in groups:
+            group._handle = None  # as above
         dist.destroy_process_group()
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfsfl_fast import backends, checkpoint, item_rows, judging, ops
+from cfsfl_fast import backends, checkpoint, item_rows, judging, ops, resharding
 from cfsfl_fast.config import MOST_STEPS, CFSFLConfig, whole
+from cfsfl_fast.distributed import Mesh
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.loop import unroll
@@ -581,6 +582,33 @@ class CFSFL(nn.Module):
         model.load_state_dict(saved.tensors, assign=True)
         model.item_ids = saved.item_ids
         model.restore_memory(saved.memory)
+        return model.requires_grad_(True).to(device or "cpu").eval()
+
+    @classmethod
+    def part_from_pretrained(
+        cls, folder: str | Path, mesh: Mesh, device: torch.device | str | None = None, **run_time: Any
+    ) -> CFSFL:
+        """This process's part of a folder's model, in eval mode; called by all processes of a mesh.
+
+        Args:
+            folder: of `save_pretrained`, or a run's, trained in any number of parts.
+            mesh: whose `items` share the rows.
+            device, run_time: as in `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `from_pretrained`, and as in `part`.
+            ProcessError: the first process found the file altered.
+        """
+        place = Path(folder)
+        n_items, config = checkpoint.read_description(place)
+        shard = Shard(mesh.items, n_items)
+        tensors, metadata = resharding.read_tensors(place / checkpoint.MODEL, shard, mesh.everyone, ITEM_TABLES)
+        item_ids = checkpoint.read_item_ids(place, n_items, metadata)
+        with torch.device("meta"):
+            model = cls.part(n_items, config, shard, **run_time)
+        checkpoint.check_tensors(place / checkpoint.MODEL, tensors, model.state_dict())
+        model.load_state_dict(tensors, assign=True)
+        model.item_ids = item_ids
         return model.requires_grad_(True).to(device or "cpu").eval()
 
     def restore_memory(self, tensors: dict[str, Tensor] | None) -> None:

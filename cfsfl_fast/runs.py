@@ -6,22 +6,25 @@ import dataclasses
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cfsfl_fast import backends, checkpoint, files
+from cfsfl_fast import backends, checkpoint, files, resharding
 from cfsfl_fast.baselines import MostPopular
 from cfsfl_fast.config import LATER_FIELDS, CFSFLConfig
 from cfsfl_fast.datasets import Dataset, HeldOut
-from cfsfl_fast.distributed import ALONE, Group
+from cfsfl_fast.distributed import Mesh
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
+from cfsfl_fast.model import ITEM_TABLES
 from cfsfl_fast.plan import plan
 from cfsfl_fast.scarcity import OutOfMemoryError, free_memory
+from cfsfl_fast.sharded import Shard
 from cfsfl_fast.stages import STAGES, Epoch, OnEpoch, Trainer, fresh_model
 from cfsfl_fast.training import Optimisers
 
@@ -42,7 +45,8 @@ class Run(Trainer):
         start: the folder of a run whose stage 1 this one takes over instead of training it again.
         show_progress: progress bars on stderr, where that is a terminal.
         on_epoch: called with every epoch's figures.
-        group: processes that train this run together; the first writes, all read, so all must see `out`.
+        mesh: processes that train this run together; the first writes, or each the rows of item tables that it has, and
+            all read, so all must see `out`.
         run_time: of the model: backend, precision, deterministic and graphs.
 
     Raises:
@@ -63,23 +67,39 @@ class Run(Trainer):
         start: Path | None = None,
         show_progress: bool = True,
         on_epoch: OnEpoch | None = None,
-        group: Group = ALONE,
+        mesh: Mesh | None = None,
         **run_time: Any,
     ) -> None:
-        self.data, self.out = data, out
+        self.data, self.out, self.mesh = data, out, mesh or Mesh()
+        shards = self.mesh.items.size
         config = config.resolved(data.n_users)
         each = data.train.nnz / max(1, data.n_users)
-        needed = plan(data.n_items, data.n_users, config, events_per_user=each, devices=group.size)
+        needed = plan(
+            data.n_items,
+            data.n_users,
+            config,
+            events_per_user=each,
+            devices=self.mesh.everyone.size,
+            item_shards=shards,
+        )
         needed.check(free_memory(torch.device(device)))
-        model = fresh_model(data.n_items, config, device=device, **run_time)
+        shard = Shard(self.mesh.items, data.n_items) if shards > 1 else None
+        model = fresh_model(data.n_items, config, device=device, shard=shard, **run_time)
         model.item_ids = data.item_ids
         histories = as_interactions(data.train, data.n_items, model.device)
-        super().__init__(model, histories, data.validation, show_progress=show_progress, on_epoch=on_epoch, group=group)
+        super().__init__(
+            model,
+            histories,
+            data.validation,
+            show_progress=show_progress and self.mesh.everyone.is_first,
+            on_epoch=on_epoch,
+            group=self.mesh.data,
+        )
         self.progress |= {"lines": 0, "data": self._shape()}
         taken = None
-        if start is not None and not self.group.first((out / STATE).exists):
+        if start is not None and not self.mesh.everyone.first((out / STATE).exists):
             taken = self._stage_one_of(start)
-        if self.group.first((out / checkpoint.CONFIG).exists):
+        if self.mesh.everyone.first((out / checkpoint.CONFIG).exists):
             if not resume:
                 raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
             self._resume()
@@ -97,7 +117,7 @@ class Run(Trainer):
             raise
         except (FloatingPointError, OutOfMemoryError) as error:
             raise type(error)(f"{error}; {self.out} keeps the epochs before") from None
-        with backends.flushed_denormals(), self.model.running():
+        with backends.flushed_denormals(), backends.use_backend(self.model.backend):
             return self._report()
 
     # Where weights and progress go
@@ -113,21 +133,36 @@ class Run(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_description(folder, self.data.n_items, config, self.data.item_ids)
 
-        self.group.first(write)
+        self.mesh.everyone.first(write)
 
     def keep(self, stage: str) -> None:
         """Writes the stage's best weights."""
         self._write_model(self.out / "stages" / stage)
 
     def _write_model(self, folder: Path) -> None:
-        self.group.first(lambda: checkpoint.write_model(folder, self.model.state_dict()))
+        metadata = self.mesh.everyone.first(lambda: checkpoint.neighbours(folder))
+        self._write(folder / checkpoint.MODEL, self.model.state_dict(), metadata)
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        if self.model.shard is None:
+            self.mesh.everyone.first(lambda: checkpoint.write_tensors(path, tensors, metadata))
+        else:
+            resharding.write_tensors(path, tensors, metadata, self.model.shard, self.mesh, ITEM_TABLES)
+
+    def _read(self, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        if self.model.shard is None:
+            return checkpoint.read_tensors(path)
+        return resharding.read_tensors(path, self.model.shard, self.mesh.everyone, ITEM_TABLES)
 
     def load(self, stage: str) -> None:
         """Reads a stage's best weights."""
         self._load(self.out / "stages" / stage)
 
     def _load(self, folder: Path) -> None:
-        self.model.load_state_dict(checkpoint.read_weights(folder, self.model.state_dict()))
+        path, mine = folder / checkpoint.MODEL, self.model.state_dict()
+        tensors, _ = self._read(path)
+        checkpoint.check_tensors(path, tensors, mine)
+        self.model.load_state_dict(tensors)
 
     def log_epoch(self, record: Epoch) -> None:
         """A line of metrics.jsonl."""
@@ -138,7 +173,7 @@ class Run(Trainer):
             files.write_bytes(self.out / METRICS, b"".join(lines) + json.dumps(record.to_dict()).encode() + b"\n")
             return len(lines) + 1
 
-        self.progress["lines"] = self.group.first(write)
+        self.progress["lines"] = self.mesh.everyone.first(write)
 
     def _lines(self) -> list[bytes]:
         """The lines of metrics.jsonl that the state knows of; a run that was killed wrote more."""
@@ -153,15 +188,14 @@ class Run(Trainer):
         self._write_state(tensors)
 
     def _write_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        progress = {"progress": json.dumps(self.progress)}
-        self.group.first(lambda: checkpoint.write_tensors(self.out / STATE, tensors, progress))
+        self._write(self.out / STATE, tensors, {"progress": json.dumps(self.progress)})
 
     def end(self, stage: str, after: list[str]) -> None:
         """The stage's best weights become the run's model."""
         memory = self.model.memory if stage == "reward" else None
         if memory is not None:
             tensors = memory.tensors()
-            self.group.first(lambda: checkpoint.write_tensors(self.out / checkpoint.MEMORY, tensors, {}))
+            self.mesh.everyone.first(lambda: checkpoint.write_tensors(self.out / checkpoint.MEMORY, tensors, {}))
         if stage != "control" and (stage != "reward" or memory is not None):
             self._write_model(self.out)
         self._write_state({})
@@ -177,7 +211,7 @@ class Run(Trainer):
                 name, mine, found = "epochs of stage 1", mine[0], found and found[0]
             if name not in LATER_FIELDS and found != mine:
                 raise ValueError(f"{start} cannot be started from: its {name} = {found!r}, not {mine!r}")
-        _, progress = read_state(start / STATE)
+        _, progress = read_state(start / STATE, self._read)
         if progress["data"] != self.progress["data"]:
             raise ValueError(_other_data(start, progress["data"], self.progress["data"]))
         if "first_step" not in progress:
@@ -189,7 +223,7 @@ class Run(Trainer):
         """Makes another run's stage 1 this run's, as if it had been trained here."""
         stage, first = STAGES[0], theirs["first_step"]
         path = start / "stages" / stage / checkpoint.MODEL
-        found = checkpoint.read_tensors(path)[0]
+        found = self._read(path)[0]
         # The rest of the model has its first weights in stage 1: the seed's, of whatever kind of virtual user this is.
         parts = (name.partition(".") for name in found)
         theta = {rest: found[f"{part}.{rest}"] for part, _, rest in parts if part == "recommender"}
@@ -199,7 +233,7 @@ class Run(Trainer):
         self.keep(stage)
         lines = (start / METRICS).read_bytes().splitlines(keepends=True)
         lines = [line for line in lines if json.loads(line)["stage"] == stage]
-        self.group.first(lambda: files.write_bytes(self.out / METRICS, b"".join(lines)))
+        self.mesh.everyone.first(lambda: files.write_bytes(self.out / METRICS, b"".join(lines)))
         self.progress.update(lines=len(lines), step=first, first_step=first, best={stage: theirs["best"][stage]})
         self._leave(stage)
 
@@ -208,14 +242,14 @@ class Run(Trainer):
         return [*train.shape, int(train.nnz), int(np.asarray(train.indices, dtype=np.int64).sum())]
 
     def _resume(self) -> None:
-        self.group.first(lambda: files.remove_staged(self.out))
+        self.mesh.everyone.first(lambda: files.remove_staged(self.out))
         described = _described(self.out)
         for name, value in self.config.to_dict().items():
             if described.get(name) != value:
                 raise ValueError(f"{self.out} was started with {name} = {described.get(name)!r}, not {value!r}")
         if not (self.out / STATE).exists():
             return
-        tensors, progress = read_state(self.out / STATE)
+        tensors, progress = read_state(self.out / STATE, self._read)
         if progress["data"] != self.progress["data"]:
             raise ValueError(_other_data(self.out, progress["data"], self.progress["data"]))
         self.progress = progress
@@ -230,12 +264,12 @@ class Run(Trainer):
             self.optimisers.restore(parts["optimiser"])
         if (self.out / checkpoint.MEMORY).exists():
             self.model.restore_memory(checkpoint.read_tensors(self.out / checkpoint.MEMORY)[0])
-        self.group.first(lambda: files.write_bytes(self.out / METRICS, b"".join(self._lines())))
+        self.mesh.everyone.first(lambda: files.write_bytes(self.out / METRICS, b"".join(self._lines())))
 
     def _report(self) -> dict[str, Any]:
         """Every system on the test users: mean and standard error, and the paired difference to its control."""
         path = self.out / REPORT
-        if self.group.first(path.exists):
+        if self.mesh.everyone.first(path.exists):
             return checkpoint.read_json(path)
         test = self.data.test
         label = "test" if self.show_progress else None
@@ -273,18 +307,20 @@ class Run(Trainer):
             write_per_user(self.out / USERS, test, judged)
             files.write_bytes(path, (json.dumps(report, indent=2) + "\n").encode())
 
-        self.group.first(write)
+        self.mesh.everyone.first(write)
         return report
 
 
-def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the progress that a run keeps to go on from.
+def read_state(
+    path: Path, read: Callable[[Path], tuple[dict[str, torch.Tensor], dict[str, str]]] = checkpoint.read_tensors
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the progress that a run keeps to go on from; read: gives the file's tensors and metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, altered, or no run's.
     """
-    tensors, metadata = checkpoint.read_tensors(path)
+    tensors, metadata = read(path)
     try:
         progress = json.loads(metadata["progress"])
         counts = (

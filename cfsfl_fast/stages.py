@@ -24,8 +24,9 @@ from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.metrics import Mean
-from cfsfl_fast.model import CFSFL
+from cfsfl_fast.model import CFSFL, ITEM_TABLES
 from cfsfl_fast.progress import bar
+from cfsfl_fast.sharded import Shard
 from cfsfl_fast.training import Optimisers, prepare_item_reward, run_epoch
 
 log = logging.getLogger(__name__)
@@ -72,14 +73,20 @@ OnEpoch = Callable[[Epoch], None]
 """Called after every epoch, and once at a stage's start where there is a validation."""
 
 
-def fresh_model(n_items: int, config: CFSFLConfig, *, device: torch.device | str, **run_time: Any) -> CFSFL:
+def fresh_model(
+    n_items: int, config: CFSFLConfig, *, device: torch.device | str, shard: Shard | None = None, **run_time: Any
+) -> CFSFL:
     """A model with the first weights of the config's seed; torch's own random numbers stay where they were.
 
+    shard: the rows of its item tables that this process has; None for all.
     run_time: backend, precision, deterministic and graphs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = CFSFL.from_config(n_items, config, **run_time)
+        if shard is None:
+            model = CFSFL.from_config(n_items, config, **run_time)
+        else:
+            model = CFSFL.part(n_items, config, shard, **run_time)
     return model.to(device)
 
 
@@ -282,6 +289,9 @@ class Trainer:
                     self.group,
                 )
         self.group.check_same(list(self.model.parameters()), "the weights")
+        if self.model.shard is not None:
+            shared = [w for name, w in self.model.named_parameters() if name not in ITEM_TABLES]
+            self.model.shard.group.check_same(shared, "the weights that all parts have")
         seconds = time.perf_counter() - began
         figures = {name: float(value) / n_users for name, value in sums._asdict().items()}
         if not all(math.isfinite(value) for value in figures.values()):

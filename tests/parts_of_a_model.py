@@ -57,7 +57,8 @@ def main(backend: str, **choices: object) -> None:
     rows = torch.arange(USERS).repeat_interleave(9)
     items = (torch.rand(len(rows), generator=generator).square() * ITEMS).long()  # the first part has most
     x, users = from_pairs(rows, items, USERS, ITEMS), torch.arange(USERS)
-    with processes(torch.device("cpu")) as group:
+    with processes(torch.device("cpu")) as mesh:
+        group = mesh.everyone
         models, after = [], []
         for made in (
             lambda: CFSFL.from_config(ITEMS, config, backend=backend),

@@ -56,7 +56,8 @@ def test_alone_nothing_is_sent() -> None:
 MESSAGES = """
 import json, sys, torch
 from cfsfl_fast.distributed import ProcessError, processes
-with processes(torch.device("cpu")) as group:
+with processes(torch.device("cpu")) as mesh:
+    group = mesh.everyone
     big, small, odd = torch.full((1 << 19,), 1.0 + group.rank), torch.tensor(2.0), torch.ones(4, 6).t()
     counts = torch.tensor([group.rank, 1])
     big, small, odd, counts = group.sums([big, small, odd, counts])
@@ -127,13 +128,13 @@ def test_a_run_is_that_of_one_process(size: int, toy_folder: Path, whole: Path, 
 def test_torchrun_resumes_what_one_process_began(toy_folder: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with started(command(toy_folder, out)[1:], 1) as (process,):
-        _wait_for_lines(out / "metrics.jsonl", 6, process)
+        wait_for_lines(out / "metrics.jsonl", 6, process)
         process.send_signal(signal.SIGKILL)
     assert "CF-SFL minus" in torchrun([*command(toy_folder, out)[1:], "--resume"], 2)
     assert_alike(out, whole, 1e-4)
 
 
-def _wait_for_lines(metrics: Path, n: int, process: subprocess.Popen[str]) -> None:
+def wait_for_lines(metrics: Path, n: int, process: subprocess.Popen[str]) -> None:
     patience = time.monotonic() + PATIENCE
     while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= n):
         assert process.poll() is None, process.communicate()[1]
@@ -146,7 +147,7 @@ def test_a_lost_process_ends_the_others_with_a_message(how: int, toy_folder: Pat
     out = tmp_path / "run"
     asked = [*command(toy_folder, out)[1:], "--epochs=500,2,2", "--patience=0"]
     with started(asked, 2, CFSFL_TIMEOUT="5") as (first, second):
-        _wait_for_lines(out / "metrics.jsonl", 3, first)
+        wait_for_lines(out / "metrics.jsonl", 3, first)
         os.kill(second.pid, how)
         _, errors = first.communicate(timeout=PATIENCE)
     assert first.returncode == 2

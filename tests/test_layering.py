@@ -26,9 +26,9 @@ ALLOWED = {
     "serving": {"backends", "interactions", "model"},
     "export": {"backends", "files", "interactions", "model", "ops"},
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}
-    | {"interactions", "metrics", "plan", "scarcity", "stages", "training"},
+    | {"interactions", "metrics", "model", "plan", "resharding", "scarcity", "sharded", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
-    | {"progress", "scarcity", "training"},
+    | {"progress", "scarcity", "sharded", "training"},
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
     | {"noise", "ops", "recommenders", "virtual_user"},
     "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
@@ -37,7 +37,8 @@ ALLOWED = {
     "evaluation": {"distributed", "metrics", "interactions", "progress", "scarcity"},
     "baselines": {"progress", "datasets", "evaluation", "interactions", "inverse", "ops", "scarcity"},
     "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
-    | {"item_rows", "numerics", "recommenders", "scarcity", "sharded", "virtual_user"},
+    | {"distributed", "item_rows", "numerics", "recommenders", "resharding", "scarcity", "sharded", "virtual_user"},
+    "resharding": {"checkpoint", "distributed", "files", "sharded"},
     "judging": {"distributed", "interactions", "losses", "memory", "ops"},
     "memory": {"interactions", "inverse", "ops"},
     "inverse": {"progress"},

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
-from cfsfl_fast import CFSFL, CFSFLConfig, backends, item_rows
-from cfsfl_fast.distributed import ALONE
+from cfsfl_fast import CFSFL, CFSFLConfig, backends, checkpoint, item_rows
+from cfsfl_fast.cli import main
+from cfsfl_fast.distributed import ALONE, processes
 from cfsfl_fast.sharded import Shard
-from tests.processes import outputs
-from tests.test_distributed import Nth
+from tests.processes import PATIENCE, outputs, started
+from tests.test_distributed import Nth, assert_alike, shared_answer, wait_for_lines, whole
+from tests.test_training import command
+
+assert whole is not None  # a fixture: one run of one process
 
 BACKENDS = [
     pytest.param(backend, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
@@ -93,3 +99,62 @@ def test_a_part_alone_answers_no_question_about_every_item(tmp_path: Path) -> No
     assert part.recommend(x, 3)[0].shape == (2, 3)
     with pytest.raises(ValueError, match="3 items cannot be shared by 4 processes"):
         CFSFL.part(3, CFSFLConfig(), Shard(Nth(0, 4), 3))
+
+
+@pytest.mark.parametrize(("size", "parts"), [(2, 2), (4, 2)], ids=["parts", "parts and users"])
+def test_a_run_in_parts_is_that_of_one_process(
+    size: int, parts: int, toy_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    printed = outputs([*command(toy_folder, run)[1:], f"--item-shards={parts}"], size)
+    assert "CF-SFL minus" in printed[0]
+    assert not any(printed[1:]), "another than the first process talks"
+    assert_alike(run, whole, 1e-4)
+    # The files are ordinary: one process reads them, and any number of parts.
+    found, expected = (checkpoint.load_model(folder).tensors for folder in (run, whole))
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
+    asked = ["evaluate", str(run), str(toy_folder), "--json"]
+    alone = json.loads(CliRunner().invoke(main, asked).stdout)
+    in_parts = json.loads(shared_answer([*asked, "--item-shards=2"]))
+    assert in_parts == {name: pytest.approx(value, abs=2e-2) for name, value in alone.items()}
+    assert not list(run.rglob(".*")), "a staged file was left behind"
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4)])
+def test_any_number_of_parts_resumes_a_run(
+    before: int, after: int, toy_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = command(toy_folder, run)[1:]
+    with started([*asked, f"--item-shards={before}"], before) as running:
+        wait_for_lines(run / "metrics.jsonl", 6, running[0])
+        for process in running:
+            process.send_signal(signal.SIGKILL)
+    outputs([*asked, "--resume", f"--item-shards={after}"], after)
+    assert_alike(run, whole, 1e-4)
+
+
+def test_parts_of_an_altered_file_are_refused(toy_folder: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in whole.iterdir():
+        if path.is_file():
+            (run / path.name).write_bytes(path.read_bytes())
+    content = bytearray((run / checkpoint.MODEL).read_bytes())
+    content[-5] ^= 1
+    (run / checkpoint.MODEL).write_bytes(content)
+    asked = ["-m", "cfsfl_fast", "evaluate", str(run), str(toy_folder), "--item-shards=2"]
+    with started(asked, 2) as running:
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in running]
+        assert [process.returncode for process in running] == [2, 2]
+    assert "model.safetensors is altered" in errors[0]
+    assert "process 0 stopped:" in errors[1]
+    assert "model.safetensors is altered" in errors[1]
+
+
+def test_parts_must_divide_the_processes() -> None:
+    with (
+        pytest.raises(ValueError, match="item_shards must divide the number of processes, 1; got 2"),
+        processes(torch.device("cpu"), 2),
+    ):
+        pass

@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 
 from cfsfl_fast import checkpoint, files
-from cfsfl_fast.cli.options import device_option, run_time_options, torch_device
+from cfsfl_fast.cli.options import device_option, item_shards_option, run_time_options, torch_device
 from cfsfl_fast.datasets import Dataset, open_dataset, read_histories
-from cfsfl_fast.distributed import processes
+from cfsfl_fast.distributed import Mesh, processes
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.model import CFSFL
 
@@ -26,6 +27,7 @@ from cfsfl_fast.model import CFSFL
 @click.option("--steps", type=int, help="T; the model's own by default.")
 @click.option("--batch-size", default=512, help="Users at once; it changes no figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print json.")
+@item_shards_option
 @device_option
 @run_time_options
 def evaluate_command(
@@ -35,26 +37,27 @@ def evaluate_command(
     steps: int | None,
     batch_size: int,
     as_json: bool,
+    item_shards: int,
     device: str,
     run_time: dict[str, Any],
 ) -> None:
     """Recall and NDCG of a trained model on held-out users. Processes of torchrun share the users."""
     where = torch_device(device)
-    model = CFSFL.from_pretrained(run, where, **run_time)
     dataset = open_dataset(data, verify=True)
-    check_items(model, dataset)
     held_out = getattr(dataset, split)
-    with processes(where) as group:
+    with processes(where, item_shards) as mesh:
+        model = _model(run, where, mesh, run_time)
+        check_items(model, dataset)
         found = evaluate(
             lambda x, n: model.recommend(x, n, steps=steps),
             held_out.fold_in,
             held_out.targets,
             device=model.device,
             batch_size=batch_size,
-            progress=split if group.is_first else None,
-            group=group,
+            progress=split if mesh.everyone.is_first else None,
+            group=mesh.data,
         )
-    if not group.is_first:
+    if not mesh.everyone.is_first:
         return
     summary = found.summary()
     if as_json:
@@ -62,6 +65,13 @@ def evaluate_command(
         click.echo(json.dumps({"users": users, **{name: list(value) for name, value in summary.items()}}))
     else:
         click.echo("\n".join(f"{name:<10} {value}" for name, value in summary.items()))
+
+
+def _model(run: Path, device: torch.device, mesh: Mesh, run_time: dict[str, Any]) -> CFSFL:
+    """The model of a folder, or this process's part of it."""
+    if mesh.items.size == 1:
+        return CFSFL.from_pretrained(run, device, **run_time)
+    return CFSFL.part_from_pretrained(run, mesh, device, **run_time)
 
 
 def check_items(model: CFSFL, data: Dataset) -> None:
@@ -82,6 +92,7 @@ def check_items(model: CFSFL, data: Dataset) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="A csv of user, item, rank, score; stdout by default.")
 @click.option("--steps", type=int, help="T; the model's own by default.")
 @click.option("--include-seen", is_flag=True, help="Also items that the history holds.")
+@item_shards_option
 @device_option
 @run_time_options
 def recommend(
@@ -91,20 +102,21 @@ def recommend(
     out: Path | None,
     steps: int | None,
     include_seen: bool,
+    item_shards: int,
     device: str,
     run_time: dict[str, Any],
 ) -> None:
     """The best items for the users of a file, new ones too, by their own ids. Processes of torchrun share the users."""
     where = torch_device(device)
-    model = CFSFL.from_pretrained(run, where, **run_time)
-    if model.item_ids is None:
-        raise ValueError(f"{run} has no {checkpoint.ITEM_IDS}: its items have no ids of their own")
-    users, histories, unknown = read_histories(history, model.item_ids)
-    with processes(where) as group:
-        begin, end = group.span(len(users))
+    with processes(where, item_shards) as mesh:
+        model = _model(run, where, mesh, run_time)
+        if model.item_ids is None:
+            raise ValueError(f"{run} has no {checkpoint.ITEM_IDS}: its items have no ids of their own")
+        users, histories, unknown = read_histories(history, model.item_ids)
+        begin, end = mesh.data.span(len(users))
         mine = model.recommend(histories[begin:end], n, exclude_seen=not include_seen, steps=steps)
-        ids, scores = (group.joined(found, len(users)).cpu().numpy() for found in mine)
-    if not group.is_first:
+        ids, scores = (mesh.data.joined(found, len(users)).cpu().numpy() for found in mine)
+    if not mesh.everyone.is_first:
         return
     if unknown:
         click.echo(f"cfsfl: {unknown} pairs of {history} name items that the model does not know; left out", err=True)

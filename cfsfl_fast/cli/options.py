@@ -16,6 +16,9 @@ from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.distributed import local_rank, under_torchrun
 from cfsfl_fast.numerics import PRECISIONS
 
+item_shards_option = click.option(
+    "--item-shards", default=1, help="Processes of torchrun that share the rows of every item table."
+)
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 backend_option = click.option("--backend", type=click.Choice(backends.BACKENDS), default="auto", help="Who computes.")
 

@@ -10,7 +10,14 @@ import torch
 
 from cfsfl_fast import checkpoint
 from cfsfl_fast.callbacks import TensorBoard
-from cfsfl_fast.cli.options import config_field, config_options, device_option, run_time_options, torch_device
+from cfsfl_fast.cli.options import (
+    config_field,
+    config_options,
+    device_option,
+    item_shards_option,
+    run_time_options,
+    torch_device,
+)
 from cfsfl_fast.config import PRESETS, CFSFLConfig
 from cfsfl_fast.datasets import open_dataset, save_dataset, synthetic_dataset
 from cfsfl_fast.distributed import processes
@@ -30,6 +37,7 @@ from cfsfl_fast.runs import Run, table
     "--from", "start", type=click.Path(path_type=Path), help="A run whose stage 1 is taken over, not trained again."
 )
 @click.option("--tensorboard", is_flag=True, help="Also write the epochs' figures to OUT/tensorboard.")
+@item_shards_option
 @device_option
 @run_time_options
 @config_options
@@ -41,6 +49,7 @@ def train(
     resume: bool,
     start: Path | None,
     tensorboard: bool,
+    item_shards: int,
     device: str,
     run_time: dict[str, Any],
     **options: Any,
@@ -57,8 +66,9 @@ def train(
     config = CFSFLConfig.from_dict({**PRESETS[preset], **fields})
     torch.set_flush_denormal(True)
     where = torch_device(device)
-    with processes(where) as group:
-        told = TensorBoard(out / "tensorboard") if tensorboard and group.is_first else None
+    with processes(where, item_shards) as mesh:
+        is_first = mesh.everyone.is_first
+        told = TensorBoard(out / "tensorboard") if tensorboard and is_first else None
         run = Run(
             open_dataset(data, verify=True),
             out,
@@ -67,11 +77,11 @@ def train(
             **run_time,
             resume=resume,
             start=start,
-            group=group,
+            mesh=mesh,
             on_epoch=told,
         )
         report = run.train()
-        if group.is_first:
+        if is_first:
             click.echo(table(report))
 
 
