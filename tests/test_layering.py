@@ -23,6 +23,7 @@ ALLOWED = {
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},
     "callbacks": {"stages"},
+    "scoring": {"datasets", "interactions", "model"},
     "serving": {"backends", "interactions", "model"},
     "export": {"backends", "files", "interactions", "model", "ops"},
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def evaluate_command(
         click.echo("\n".join(f"{name:<10} {value}" for name, value in summary.items()))
 
 
+def _part(text: str, n: int) -> tuple[int, int]:
+    """Where the I-th of N parts of n things begins and ends, of a text I/N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, parts = (int(number) for number in found.groups()) if found else (0, 0)
+    if not 1 <= i <= parts:
+        raise ValueError(f"--shard takes I/N with 1 <= I <= N, as 1/4; got {text!r}")
+    return n * (i - 1) // parts, n * i // parts
+
+
 def _model(run: Path, device: torch.device, mesh: Mesh, run_time: dict[str, Any]) -> CFSFL:
     """The model of a folder, or this process's part of it."""
     if mesh.items.size == 1:
@@ -92,6 +102,7 @@ def check_items(model: CFSFL, data: Dataset) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="A csv of user, item, rank, score; stdout by default.")
 @click.option("--steps", type=int, help="T; the model's own by default.")
 @click.option("--include-seen", is_flag=True, help="Also items that the history holds.")
+@click.option("--shard", help="I/N: only the I-th of N parts of the users, as 1/4; the parts are the whole.")
 @item_shards_option
 @device_option
 @run_time_options
@@ -102,6 +113,7 @@ def recommend(
     out: Path | None,
     steps: int | None,
     include_seen: bool,
+    shard: str | None,
     item_shards: int,
     device: str,
     run_time: dict[str, Any],
@@ -113,6 +125,9 @@ def recommend(
         if model.item_ids is None:
             raise ValueError(f"{run} has no {checkpoint.ITEM_IDS}: its items have no ids of their own")
         users, histories, unknown = read_histories(history, model.item_ids)
+        if shard is not None:
+            part = slice(*_part(shard, len(users)))
+            users, histories = users[part], histories[part]
         begin, end = mesh.data.span(len(users))
         mine = model.recommend(histories[begin:end], n, exclude_seen=not include_seen, steps=steps)
         ids, scores = (mesh.data.joined(found, len(users)).cpu().numpy() for found in mine)

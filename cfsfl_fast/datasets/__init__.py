@@ -3,7 +3,7 @@
 from cfsfl_fast.datasets.dataset import Dataset, HeldOut
 from cfsfl_fast.datasets.events import Events
 from cfsfl_fast.datasets.generator import synthetic, synthetic_dataset
-from cfsfl_fast.datasets.histories import read_histories
+from cfsfl_fast.datasets.histories import ItemIndex, read_histories
 from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.datasets.prepared import is_prepared, load_source, open_dataset, prepare, save_dataset
 from cfsfl_fast.datasets.protocol import PRESETS, Protocol, split_events
@@ -15,6 +15,7 @@ __all__ = [
     "Dataset",
     "Events",
     "HeldOut",
+    "ItemIndex",
     "Protocol",
     "is_prepared",
     "load_source",

@@ -62,7 +62,7 @@ def read_histories(
     np.minimum.at(first, user_codes, np.arange(len(user_codes)))
     order = np.argsort(first)
     rank = np.argsort(order)
-    column = _columns_of(found_ids, np.asarray(item_ids))[pairs % len(found_ids)]
+    column = ItemIndex(np.asarray(item_ids)).columns(found_ids)[pairs % len(found_ids)]
     known = column >= 0
     rows = rank[pairs // len(found_ids)]
     histories = pairs_to_csr(rows[known], column[known], (len(user_ids), len(item_ids)))
@@ -75,11 +75,28 @@ def _joined(parts: list[Ids]) -> Ids:
     return np.concatenate([part.astype("S20") if part.dtype.kind == "i" else part for part in parts])
 
 
-def _columns_of(found: Ids, item_ids: Ids) -> NDArray[np.int64]:
-    """Column of every found id, -1 where it is unknown; integers and texts meet as texts."""
-    if found.dtype.kind != item_ids.dtype.kind:
-        found, item_ids = found.astype(np.str_), item_ids.astype(np.str_)
-    order = np.argsort(item_ids)
-    at = np.searchsorted(item_ids, found, sorter=order)
-    at = order[np.minimum(at, len(item_ids) - 1)]
-    return np.where(item_ids[at] == found, at, -1)
+class ItemIndex:
+    """The columns of items by their ids.
+
+    Args:
+        item_ids: [M] int64 or str.
+    """
+
+    def __init__(self, item_ids: Ids) -> None:
+        self._ids = {item_ids.dtype.kind: item_ids}
+        self._orders: dict[str, NDArray[np.int64]] = {}
+
+    def columns(self, found: Ids) -> NDArray[np.int64]:
+        """Column of every found id, -1 where it is unknown; integers and texts meet as texts. [n] -> [n]"""
+        if found.dtype.kind not in self._ids:
+            if "U" not in self._ids:
+                (ids,) = self._ids.values()
+                self._ids["U"] = ids.astype(np.str_)
+            found = found.astype(np.str_)
+        kind = found.dtype.kind
+        ids = self._ids[kind]
+        if kind not in self._orders:
+            self._orders[kind] = np.argsort(ids, kind="stable")
+        order = self._orders[kind]
+        at = order[np.minimum(np.searchsorted(ids, found, sorter=order), len(ids) - 1)]
+        return np.where(ids[at] == found, at, -1)
