@@ -19,7 +19,7 @@ from cfsfl_fast import backends
 from cfsfl_fast.cli.options import config_field, config_options
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.interactions import from_pairs
-from cfsfl_fast.plan import PROCESS, measured_rates, plan
+from cfsfl_fast.plan import free_memory, measured_rates, plan
 from cfsfl_fast.stages import fresh_model
 from cfsfl_fast.training import Optimisers, run_epoch
 
@@ -43,6 +43,7 @@ def main(items: int, users: int, events_per_user: int, stage: str, **options: An
         config = CFSFLConfig.from_dict({**config.to_dict(), "epochs": (1, 0, 0)})
     config = config.resolved(users)
     planned = plan(items, users, config, events_per_user=events_per_user)
+    planned.check(free_memory(torch.device("cpu")) / 2)  # a process that is killed tells nothing
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(users).repeat_interleave(events_per_user)
     before = peak()
@@ -66,7 +67,7 @@ def main(items: int, users: int, events_per_user: int, stage: str, **options: An
     took = [end - begin for begin, end in itertools.pairwise(ends)]
     found = {
         "bytes": after - before,
-        "planned bytes": planned.total - PROCESS,
+        "planned bytes": planned.total - planned.memory["process"],
         "seconds": statistics.median(took[1:] or took),
         "planned seconds": sum(planned.seconds(rate, bandwidth).values()),
         "process bytes": before,

@@ -61,6 +61,10 @@ class CFSFLConfig:
             generator and lookup table. reward_learning_rate: reward estimator.
         reward_batch: the reward estimator of stage 3 learns from the lists of the update before it ("shared"), or from
             a batch of its own ("fresh").
+        softmax: "full", or "sampled": the multinomial loss is estimated from the user's targets and `negatives` items,
+            drawn anew for every update (`ops.sampled_nll` states the bias). For catalogues of millions.
+        table_updates: "dense", or "rows": item tables move only in the rows that an update looked up (`row_adam`). With
+            the full softmax every row of the output layer is looked up.
         patience: a stage ends after so many epochs without a better validation score; 0 never.
         control: also train the recommender alone for stage 3's epochs and rate, so that a gain can be told from that.
         seed: of initial weights, batches, dropout and noise.
@@ -100,6 +104,9 @@ class CFSFLConfig:
     feedback_learning_rate: float = 1e-3
     reward_learning_rate: float = 1e-3
     reward_batch: str = "shared"
+    softmax: str = "full"
+    negatives: int = 4096
+    table_updates: str = "dense"
     patience: int = 20
     control: bool = True
     seed: int = 0
@@ -123,6 +130,11 @@ class CFSFLConfig:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, str) or value < 1):
                 raise ValueError(f'{name} must be "auto" or at least 1; got {value!r}')
+        if self.softmax == "sampled" and self.recommender not in MULTINOMIAL:
+            raise ValueError(
+                f'softmax="sampled" estimates the multinomial loss of {", ".join(MULTINOMIAL)}; '
+                f"got recommender={self.recommender!r}"
+            )
         inputs = self.feedback_inputs.split(",")
         if not set(inputs) <= set(FEEDBACK_INPUTS) or len(set(inputs)) < len(inputs):
             expected = ",".join(FEEDBACK_INPUTS)
@@ -260,6 +272,9 @@ MOST_STEPS = 10_000
 
 FEEDBACK_INPUTS = ("history", "list", "reward")
 
+MULTINOMIAL = ("vae", "dae", "recvae")
+"""Recommenders of the multinomial likelihood."""
+
 RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp", "recvae")
 
 _CHOICES = {
@@ -273,6 +288,8 @@ _CHOICES = {
     "loss_steps": ("last", "all"),
     "joint": ("auto", "always"),
     "reward_batch": ("shared", "fresh"),
+    "softmax": ("full", "sampled"),
+    "table_updates": ("dense", "rows"),
 }
 _OF_RECOMMENDER = {
     "kl_cap": ({"vae-gaussian": 0.05, "vae-linear": 0.05}, 0.2),
@@ -282,6 +299,7 @@ _OF_RECOMMENDER = {
 """What "auto" is for some recommenders, and for all others."""
 
 _LEAST = {
+    "negatives": 1,
     "steps": 0,
     "top_k": 1,
     "hidden_dim": 1,

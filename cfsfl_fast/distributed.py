@@ -81,6 +81,21 @@ class Group:
                 work.wait()
         return found
 
+    def row_sums(self, mine: Tensor) -> Tensor:
+        """The sum over all processes of tensors [M, D] that are sparse in their rows; only these rows travel."""
+        if self.size == 1:
+            return mine
+        mine = mine.coalesce()
+        rows, values = mine.indices()[0], mine.values()
+        counts = self.gathered(torch.tensor([len(rows)], device=rows.device)).flatten().tolist()
+        room = max(counts) - len(rows)
+        all_rows = self.gathered(torch.cat([rows, rows.new_zeros(room)]))
+        all_values = self.gathered(torch.cat([values, values.new_zeros(room, *values.shape[1:])]))
+        parts = [(r[:n], v[:n]) for r, v, n in zip(all_rows, all_values, counts, strict=True)]
+        rows, place = torch.cat([r for r, _ in parts]).unique(return_inverse=True)
+        total = values.new_zeros(len(rows), *values.shape[1:]).index_add_(0, place, torch.cat([v for _, v in parts]))
+        return torch.sparse_coo_tensor(rows[None], total, mine.shape, is_coalesced=True, check_invariants=False)
+
     def gathered(self, mine: Tensor) -> Tensor:
         """Every process's tensor of one shape. [size, ...]"""
         if self.size == 1:

@@ -6,9 +6,11 @@ rows of every item table (`item_shards`) and G / S share a batch: B = batch_size
 
 Memory    of the stage that takes most, the joint one where there is one.
           tables + layers       4 bytes an entry; tables / S
-          moments               Adam's two, of everything that is trained; of the lookup table, two optimisers'
-          gradients             one of everything, and a second of the output layer: of listed rows, and of the softmax
-          scores                B M / S, but not more than `library.CHUNK_SCORES`
+          moments               Adam's two, of everything that is trained; of the lookup table, two optimisers'. With
+                                `table_updates="rows"` a CPU only has those of rows that were ever touched
+          gradients             one of everything, and a second of the output layer: of listed rows, and of the softmax;
+                                by rows, of the rows that an update looks up
+          scores                B M / S, but not more than `library.CHUNK_SCORES`; of drawn items, B n thrice
           codes                 (T + 1) passes of B rows: what the backward pass of the small layers needs
           lists                 T B K ids, scores and weights, and their gradients sorted by item
           histories             8 bytes an event and a user
@@ -144,7 +146,7 @@ def plan(
         weights = dict(CFSFL.from_config(n_items, config).named_parameters())
     replicas = devices // item_shards
     B, rows = -(-config.batch_size // replicas), -(-n_items // item_shards)
-    joint = config.has_joint_stage
+    joint, by_rows, sampled = config.has_joint_stage, config.table_updates == "rows", config.softmax == "sampled"
     T, K, D = config.steps if joint else 0, min(config.top_k, n_items), config.lookup_dim
 
     def entries(prefix: str) -> float:
@@ -155,35 +157,54 @@ def plan(
             if name.startswith(prefix)
         )
 
-    theta, lookup, output = entries("recommender."), entries("lookup."), entries("recommender.output.")
+    # How many entries of each table an update moves, on one device.
+    seen, listed = B * events_per_user / item_shards, T * B * K / item_shards
+    drawn = (config.negatives / item_shards + seen) if sampled else rows
+    looked_up = {"recommender.input.weight": seen, "lookup.weight": seen + listed}
+    looked_up["recommender.output.weight"] = listed + drawn
+    tables = {name: entries(name) for name in ITEM_TABLES}
+    moved = dict(tables)
+    for name, n in looked_up.items():
+        if by_rows and (sampled or name != "recommender.output.weight"):
+            moved[name] = min(rows, n) * weights[name].shape[1]
+
+    theta, lookup = entries("recommender."), tables["lookup.weight"]
     psi = entries("feedback.") + lookup if joint else 0.0
     phi = entries("reward.") + lookup if joint and config.uses_reward else 0.0
-    tables = sum(entries(name) for name in ITEM_TABLES)
+    unmoved = sum(tables.values()) - sum(moved.values())
+    idle = tables["lookup.weight"] - moved["lookup.weight"]
+    gradients = theta + psi - unmoved + (0 if joint else idle)
+    of_reward = phi - idle if phi else 0.0
+    whole_output = joint and moved["recommender.output.weight"] == tables["recommender.output.weight"]
     width = weights["recommender.output.weight"].shape[1]
     layers = sum(sum(w.shape) for name, w in weights.items() if w.dim() == 2 and name not in ITEM_TABLES)
-    scores = min(B * rows, max(library.CHUNK_SCORES, B))
-    listed = T * B * K
+    scores = 0 if sampled and not joint else min(B * rows, max(library.CHUNK_SCORES, B))
     memory = {
-        "tables": 4 * tables,
-        "layers": 4 * (entries("") - tables),
+        "tables": 4 * sum(tables.values()),
+        "layers": 4 * (entries("") - sum(tables.values())),
         "moments": 8 * (theta + psi + phi),
-        "gradients": 4 * (theta + psi + (output if joint else 0)),
-        "scores": 4 * scores,
+        "gradients": 4 * (gradients + (tables["recommender.output.weight"] if whole_output else 0)),
+        "scores": 4 * scores + (24 * B * config.negatives if sampled else 0),
         "codes": 4 * B * (T + 1) * layers,
-        "lists": listed * (8 + 4 + 4 + 8 + 8) + 4 * listed,
+        "lists": T * B * K * (8 + 4 + 4 + 8 + 8 + 4),
         "histories": 8 * n_users * (events_per_user + 2),
         "process": PROCESS,
     }
     history = B * (width + D)
     turns = T * (3 * B * K + B * D + B * (width + K))  # candidates gathered; h summed; back: the code's part, and dw
     last = B * (3 + width) + (3 * B * K if joint else 0)
+    whole = {name: n for name, n in moved.items() if n == tables[name]}
+    sparse = sum(moved.values()) - sum(whole.values())
     messages = {
-        "gradients": _reduced(4 * (theta + psi + phi), replicas),
+        "gradients": _reduced(4 * (gradients + of_reward - sparse), replicas) + 4 * sparse * (replicas - 1),
         "lists, codes": 4 * (_reduced(history + last, item_shards) + _reduced(turns, item_shards)),
     }
     product = 2 * B * rows * width
-    flops = product * (T + 1) + 2 * product + (product if B * rows > library.CHUNK_SCORES else 0)
-    traffic = ADAM_BYTES * (theta + psi + phi) + 8 * (theta + psi + output)
+    if sampled:
+        flops = product * ((T + 1) if joint else 0) + 6 * B * config.negatives * width
+    else:
+        flops = product * (T + 3) + (product if B * rows > library.CHUNK_SCORES else 0)
+    traffic = (ADAM_BYTES + 8) * (gradients + of_reward)
     return Plan(n_items, n_users, config, devices, item_shards, memory, messages, flops, traffic)
 
 

@@ -23,7 +23,7 @@ from cfsfl_fast import checkpoint, files
 from cfsfl_fast.distributed import Group, Mesh
 from cfsfl_fast.sharded import Shard
 
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64"}
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
 
 
 class _Entry(NamedTuple):

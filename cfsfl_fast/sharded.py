@@ -69,22 +69,22 @@ class Sharded:
     impl: Any
     shard: Shard
 
-    def own(
-        self, items: Tensor, offsets: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The entries of CSR rows whose items are here, by their numbers here."""
+    def own(self, items: Tensor, offsets: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """The entries of CSR rows whose items are here, by their numbers here, and their values."""
         first, last = self.shard.span
         here = (items >= first) & (items < last)  # room holds M
         kept = F.pad(here.cumsum(0), (1, 0))
-        return items[here] - first, kept[offsets], None if weights is None else weights[here]
+        return items[here] - first, kept[offsets], *(each[here] for each in values)
 
     def _own_exclude(self, exclude: CSR | None, state: _State | None) -> CSR | None:
         if exclude is None:
             return None
         if state is None:
-            return self.own(*exclude)[:2]
+            items, offsets = self.own(*exclude)
+            return items, offsets
         if state.exclude is None or state.exclude[0] is not exclude[0]:
-            state.exclude, state.own = exclude, self.own(*exclude)[:2]
+            items, offsets = self.own(*exclude)
+            state.exclude, state.own = exclude, (items, offsets)
         return state.own
 
     def _sum(self, part: Tensor) -> Tensor:
@@ -96,7 +96,8 @@ class Sharded:
 
     def row_bag(self, table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
         """sum_{e in row b} weights_e table[items_e]. [B, D]"""
-        return self._sum(self.impl.row_bag(table, *self.own(items, offsets, weights)))
+        values = () if weights is None else (weights,)
+        return self._sum(self.impl.row_bag(table, *self.own(items, offsets, *values)))
 
     def row_bag_backward(
         self, dout: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, n_rows: int
@@ -110,6 +111,13 @@ class Sharded:
         first, last = self.shard.span
         here = torch.where((ids >= first) & (ids < last), ids - first, -1)
         return self._sum(self.impl.row_dot(x, table, here))
+
+    def linear_pick(self, u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, rows: Tensor) -> Tensor:
+        """The scores < u_b, weight_j > + bias_j of single pairs (rows_e, items_e). [E]"""
+        first, last = self.shard.span
+        here = ((items >= first) & (items < last)).nonzero().squeeze(1)
+        found = library.linear_pick(u, weight, bias, items[here] - first, rows[here])
+        return self._sum(found.new_zeros(len(items)).index_copy_(0, here, found))
 
     def linear_topk(
         self, u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None, state: _State | None = None
@@ -146,7 +154,7 @@ class Sharded:
 
         With c_r targets in part r: |x| lse - sum_{j in x} s_j = sum_r (nll_r + c_r (lse - lse_r)), all terms positive.
         """
-        items, offsets, _ = self.own(items, offsets)
+        items, offsets = self.own(items, offsets)
         nll, lse, (ids, scores), kept = self.impl.linear_nll(
             u, weight, bias, items, offsets, self._own_exclude(exclude, state), k, state and state.inner
         )
@@ -172,7 +180,7 @@ class Sharded:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of u [B, H], and of the weight and bias that are here."""
         counts = offsets.diff()
-        own_items, own_offsets, _ = self.own(items, offsets)
+        own_items, own_offsets = self.own(items, offsets)
         du, dweight, dbias = library.linear_nll_backward(
             dnll, u, weight, bias, own_items, own_offsets, self._own_exclude(exclude, None), lse, None, counts
         )

@@ -20,12 +20,14 @@ from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions
+from cfsfl_fast.lookups import gradients_by_rows
 from cfsfl_fast.model import CFSFL
 from cfsfl_fast.recommenders import Code
 from cfsfl_fast.recommenders.likelihoods import multinomial
+from cfsfl_fast.row_adam import RowAdam
 from cfsfl_fast.virtual_user import weights
 
-DROPOUT, LATENT, SHOWN = 1, 2, 3
+DROPOUT, LATENT, SHOWN, NEGATIVE = 1, 2, 3, 4
 """Streams of random numbers."""
 
 UNCHOSEN_WEIGHT = 40.0
@@ -47,6 +49,7 @@ class View(NamedTuple):
     sizes: Tensor  # |x|. [B]
     share: Tensor  # what each user adds to a mean over users: 1 / B, or 0 for nobody. [B]
     whole: Interactions  # x
+    drawn: Tensor | None = None  # items that the softmax is estimated from, the same for all users. [n]
 
 
 def view(
@@ -125,6 +128,12 @@ def _supervised(
     model: CFSFL, batch: View, code: Code, output: ops.Table, step: int | Tensor, k: int = 0, state: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_sup of one pass, mean over users, and the list of its K best items."""
+    drawn = batch.drawn
+
+    def sample(u: Tensor, output: ops.Table, items: Tensor, offsets: Tensor, exclude: ops.CSR | None) -> Tensor:
+        assert drawn is not None
+        return ops.sampled_nll(u, output, items, offsets, exclude, drawn, model.n_items)
+
     loss, ids, scores = model.recommender.loss(
         code,
         output,
@@ -134,6 +143,7 @@ def _supervised(
         prior=model.recommender.prior(*batch.whole.csr, batch.whole.unit_weights()),
         k=k,
         state=state,
+        sample=None if drawn is None else sample,
     )
     return losses.mean(loss, batch.share), ids, scores
 
@@ -289,7 +299,8 @@ class Optimisers:
         for path, value in state.items():
             which, name, key = path.split("/") if path.count("/") == 2 else ("", "", "")
             optimiser, parameter = optimisers.get(which), self.named.get(name)
-            if optimiser is None or parameter is None or value.shape not in (parameter.shape, torch.Size()):
+            shapes = () if parameter is None else (parameter.shape, parameter.shape[:1], torch.Size())
+            if optimiser is None or parameter is None or value.shape not in shapes:
                 raise ValueError(f"no optimiser of this stage has a state {path!r} of shape {tuple(value.shape)}")
             optimiser.state[parameter][key] = value.to(parameter.device)
 
@@ -298,7 +309,7 @@ def _adam(named: dict[str, torch.nn.Parameter], groups: list[tuple[list[str], fl
     """On a CUDA device counters and learning rates live there, where a captured update finds them."""
     device = next(iter(named.values())).device
     on_device = device.type == "cuda"
-    optimiser = torch.optim.Adam(
+    optimiser = RowAdam(
         [
             {
                 "params": [named[n] for n in names],
@@ -322,8 +333,12 @@ def update(optimiser: torch.optim.Adam, loss: Tensor, group: Group = ALONE) -> N
     parameters = [p for part in optimiser.param_groups for p in part["params"] if p.requires_grad]
     found = zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
     used = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
-    for (parameter, _), gradient in zip(used, group.sums([gradient for _, gradient in used]), strict=True):
+    whole = [(parameter, gradient) for parameter, gradient in used if not gradient.is_sparse]
+    for (parameter, _), gradient in zip(whole, group.sums([gradient for _, gradient in whole]), strict=True):
         parameter.grad = gradient
+    for parameter, gradient in used:
+        if gradient.is_sparse:
+            parameter.grad = group.row_sums(gradient)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 
@@ -360,7 +375,9 @@ class Updates:
         self.histories = histories.padded(len(histories) + 1)  # nobody's row is the last
         device = histories.items.device
         # Between processes nothing is captured: one that falls back alone would leave the others waiting.
-        self.graphs = Graphs(model.graphs.mode if group.size == 1 else False)
+        # Which rows an update touches is data, and so are the shapes of sparse gradients.
+        has_shapes = group.size == 1 and (model.config.softmax, model.config.table_updates) == ("full", "dense")
+        self.graphs = Graphs(model.graphs.mode if has_shapes else False)
         self.fixed = self.graphs.wanted(device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.keys = torch.zeros(0, dtype=torch.int64, device=device)
@@ -389,7 +406,7 @@ class Updates:
             users: numbers of the batch's users, of all processes; -1 is nobody. [B] int64
             others: of the batch that the reward estimator alone learns from, where the config wants one.
         """
-        with self.model.running():
+        with self.model.running(), gradients_by_rows(self.model.config.table_updates == "rows"):
             self.graphs.run(
                 self._update,
                 *([users] if self._shares_batch else [users, others]),
@@ -412,9 +429,12 @@ class Updates:
         users, share = self.group.part(everyone, -1), self.group.part(losses.shares(everyone >= 0), 0)
         keys: tuple[int | Tensor, ...] = (*self.keys.unbind(), *more)
         denoises = self.model.recommender.denoises
-        return view(self._whole(users), users, config, *keys, share=share, denoises=denoises), Noise(
-            users, config.latent_dim, config.noise == "fresh", keys
-        )
+        batch = view(self._whole(users), users, config, *keys, share=share, denoises=denoises)
+        if config.softmax == "sampled":
+            number = torch.arange(config.negatives, device=users.device)
+            bits = noise.bits(NEGATIVE, *keys, self.step, number, device=users.device)
+            batch = batch._replace(drawn=bits.remainder(self.model.n_items))
+        return batch, Noise(users, config.latent_dim, config.noise == "fresh", keys)
 
     def _whole(self, users: Tensor) -> Interactions:
         return self.histories.take(users.where(users >= 0, len(self.histories) - 1), self.capacity)

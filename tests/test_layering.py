@@ -30,8 +30,9 @@ ALLOWED = {
     | {"interactions", "metrics", "model", "plan", "resharding", "scarcity", "sharded", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
     | {"progress", "scarcity", "sharded", "training"},
+    "row_adam": set(),
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
-    | {"noise", "ops", "recommenders", "virtual_user"},
+    | {"lookups", "noise", "ops", "recommenders", "row_adam", "virtual_user"},
     "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},

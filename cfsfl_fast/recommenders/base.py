@@ -120,6 +120,7 @@ class Recommender(nn.Module):
         prior: Tensor | None = None,
         k: int = 0,
         state: Any = None,
+        sample: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The supervised loss of each user, and the list of the same scores.
 
@@ -132,11 +133,17 @@ class Recommender(nn.Module):
             prior: as `divergence` takes it.
             k: length of the list; 0 for none.
             state: of `ops.loop_state`, where the loop had the same `exclude`.
+            sample: (u, output, items, offsets, exclude) -> the likelihood's estimate from drawn items [B]; None takes
+                the likelihood itself.
 
         Returns:
             loss [B], ids [B, K], scores [B, K].
         """
-        loss, ids, scores = self.likelihood(code.u, output, items, offsets, exclude, k, state)
+        if sample is None:
+            loss, ids, scores = self.likelihood(code.u, output, items, offsets, exclude, k, state)
+        else:
+            loss = sample(code.u, output, items, offsets, exclude)
+            ids, scores = ops.linear_topk(code.u, output, k, exclude, state)
         divergence = self.divergence(code, prior)
         return loss if divergence is None else loss + kl_weight * divergence, ids, scores
 
