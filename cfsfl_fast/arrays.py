@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import gzip
+import lzma
 import math
 import re
+import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +32,14 @@ _HEADER = re.compile(
 """Of a plain array; NumPy's own reader takes expressions, and stumbles over damaged ones in many ways."""
 _DAMAGE = (
     ValueError,
-    TypeError,
     OverflowError,
     EOFError,
     RuntimeError,
-    NotImplementedError,
-    zipfile.BadZipFile,
+    lzma.LZMAError,
     zlib.error,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    tarfile.TarError,
 )
 
 
@@ -47,8 +54,8 @@ def map_npy(path: Path) -> NDArray[Any]:
     with path.open("rb") as file:
         try:
             shape, fortran, dtype = _header(file, size)
-        except _DAMAGE as error:
-            raise ValueError(f"{path}: truncated or damaged ({error})") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: damaged or truncated ({error})") from None
         start = file.tell()
     if 0 in shape:
         return np.empty(shape, dtype)  # nothing cannot be mapped
@@ -75,15 +82,35 @@ def check_npz(path: Path) -> None:
         ValueError: it is damaged, holds objects, an array is not as long as its header says, or all together would take
             absurdly more memory than the file is long; names the file.
     """
+    with damage_named(path.name), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        check_ratio(sum(member.file_size for member in members), path.stat().st_size)
+        for member in members:
+            with archive.open(member) as stream:
+                _header(stream, member.file_size)
+
+
+def zip_members(path: Path) -> list[zipfile.ZipInfo]:
+    """What a zip archive says that it holds.
+
+    Raises:
+        ValueError: it is damaged or truncated; names the file.
+    """
+    with damage_named(path.name), zipfile.ZipFile(path) as archive:
+        return archive.infolist()
+
+
+@contextlib.contextmanager
+def damage_named(name: str) -> Iterator[None]:
+    """What Python's readers of archives and compressed data stumble over inside, as a ValueError with a file's name."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            check_ratio(sum(member.file_size for member in members), path.stat().st_size)
-            for member in members:
-                with archive.open(member) as stream:
-                    _header(stream, member.file_size)
+        yield
     except _DAMAGE as error:
-        raise ValueError(f"{path.name}: truncated or damaged ({error})") from None
+        raise ValueError(f"{name}: damaged or truncated ({error})") from error
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise ValueError(f"{name}: damaged or truncated ({error})") from error  # of bz2; of a zip's places before 0
 
 
 def check_ratio(unpacked: int, packed: int) -> None:

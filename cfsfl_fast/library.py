@@ -68,9 +68,17 @@ def ended(offsets: Tensor, n_entries: int) -> Tensor:
 
 
 def rows_of(offsets: Tensor, n_entries: int) -> Tensor:
-    """The row of every CSR entry, B behind the last. [E]"""
+    """The row of every CSR entry, B behind the last. [E]
+
+    Raises:
+        ValueError: offsets do not ascend from 0 to at most E; where a look does not wait for a device, or trace.
+    """
     rows = torch.arange(offsets.shape[0], device=offsets.device)
-    return torch.repeat_interleave(rows, ended(offsets, n_entries).diff(), output_size=n_entries)
+    counts = ended(offsets, n_entries).diff()
+    seen = counts.device.type == "cpu" and type(counts) is Tensor
+    if seen and (bool((counts < 0).any()) or int(counts.sum()) != n_entries):  # torch writes where they say
+        raise ValueError(f"offsets must ascend from 0 to at most {n_entries}; got {offsets[:8].tolist()} ...")
+    return torch.repeat_interleave(rows, counts, output_size=n_entries)
 
 
 def without_room(items: Tensor, offsets: Tensor) -> CSR:

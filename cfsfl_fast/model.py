@@ -623,10 +623,14 @@ class CFSFL(nn.Module):
 
 def _ids(ids: Any, n_items: int, name: str) -> Tensor:
     """A vector of item ids in range, int64 on the CPU."""
-    vector = torch.as_tensor(sorted(ids) if isinstance(ids, (set, frozenset, range)) else ids).cpu()
+    try:
+        vector = torch.as_tensor(sorted(ids) if isinstance(ids, (set, frozenset, range)) else ids).cpu()
+    except (RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be a vector of item ids: {error}") from None
     if vector.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
-    if vector.dim() != 1 or vector.is_floating_point() or vector.dtype == torch.bool:
+    integers = not (vector.is_floating_point() or vector.is_complex() or vector.dtype == torch.bool)
+    if vector.dim() != 1 or not integers:
         raise ValueError(f"{name} must be a vector of item ids; got {vector.dtype} of shape {tuple(vector.shape)}")
     worst = int(vector.min()) if int(vector.min()) < 0 else int(vector.max())
     if not 0 <= worst < n_items:

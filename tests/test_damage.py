@@ -209,7 +209,7 @@ def test_arrays_that_lie_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.npy").write_bytes(BAD_ARRAYS[what])
     if what != "structure":
-        with pytest.raises(ValueError, match=r"a\.npy: truncated or damaged"):
+        with pytest.raises(ValueError, match=r"a\.npy: damaged or truncated"):
             arrays.map_npy(tmp_path / "a.npy")
     _, folder = small_data
     content = (folder / "train_indices.npy").read_bytes()

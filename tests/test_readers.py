@@ -351,19 +351,19 @@ def test_truncated_compression_is_refused(tmp_path: Path, compress: Callable[[by
     text = HEADER + "".join(f"{u},{i},3.5,4\n" for u, i in random.integers(0, 9**9, (20_000, 2)))
     content = compress(text.encode())
     source = write(tmp_path / "ratings.csv.z", content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"ratings\.csv\.z: damaged or truncated compressed data"):
+    with pytest.raises(ValueError, match=r"ratings\.csv\.z: damaged or truncated"):
         read_events(source)
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     archive = zipped("ratings.csv", (HEADER + GOOD * 1000).encode())
-    with pytest.raises(ValueError, match=r"short\.zip: damaged or truncated zip archive"):
+    with pytest.raises(ValueError, match=r"short\.zip: damaged or truncated"):
         read_events(write(tmp_path / "short.zip", archive[: len(archive) // 2]))
     middle = archive.rindex(b"inside/ratings.csv", 0, len(archive) // 2) + 40
     flipped = archive[:middle] + bytes([archive[middle] ^ 255]) + archive[middle + 1 :]
     with pytest.raises(ValueError, match=r"flipped\.zip.*: damaged"):
         read_events(write(tmp_path / "flipped.zip", flipped))
-    with pytest.raises(ValueError, match=r"wrong\.tar\.xz: damaged or truncated tar archive"):
+    with pytest.raises(ValueError, match=r"wrong\.tar\.xz: damaged or truncated"):
         read_events(write(tmp_path / "wrong.tar.xz", b"no archive at all"))
 
 
@@ -454,7 +454,7 @@ def test_compact_union_of_all_matrices(tmp_path: Path) -> None:
         ({"all_deltas": np.array([1, 0, 0, 1, 1])}, "all: items of a row must ascend"),
         ({"more_first_user": np.int64(4)}, "more: users 4 .. 4, but n_users is 4"),
         ({"item_ids": np.arange(4)}, "expected 5 integers or texts as item_ids; found int64 (4,)"),
-        ({"user_ids": np.array([None] * 4, object)}, "truncated or damaged"),
+        ({"user_ids": np.array([None] * 4, object)}, "damaged or truncated"),
     ],
 )
 def test_damaged_compact_file(tmp_path: Path, changes: dict, message: str) -> None:

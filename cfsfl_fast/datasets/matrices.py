@@ -5,7 +5,6 @@ one after the other, items ascending, each item minus the one before it in its r
 and `NAME_first_user`, the user that row 0 of NAME is.
 """
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cfsfl_fast.arrays import check_npz
+from cfsfl_fast.arrays import check_npz, zip_members
 from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_counts, check_matrix, pairs_to_csr
 from cfsfl_fast.datasets.events import Events, collect
 from cfsfl_fast.datasets.table import Chunk, Ids
@@ -24,11 +23,7 @@ SPLIT_NAMES = ("train", "vad_tr", "vad_te", "test_tr", "test_te")
 
 def npz_format(path: Path) -> str | None:
     """ "compact" or "scipy" by the names of the arrays inside, None where the file is no such `.npz`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path.name}: damaged or truncated zip archive ({error})") from error
+    names = {member.filename for member in zip_members(path)}
     if {"format.npy", "shape.npy", "data.npy"} <= names:
         return "scipy"
     if {"n_users.npy", "n_items.npy"} <= names and any(name.endswith("_counts.npy") for name in names):

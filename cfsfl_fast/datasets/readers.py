@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ from cfsfl_fast.datasets.sources import (
     read_blocks,
     read_head,
 )
-from cfsfl_fast.datasets.table import Chunk, Layout, Lines, parse_lines, split_cells, split_lines
+from cfsfl_fast.datasets.table import MAX_ID_BYTES, Chunk, Layout, Lines, parse_lines, split_cells, split_lines
 
 FORMATS = (
     "movielens-csv",
@@ -352,12 +353,9 @@ def _parquet_chunks(source: Source, columns: Columns) -> Iterator[Chunk]:
     except ImportError as error:
         raise ImportError("parquet needs polars: pip install 'cfsfl-fast[data]'") from error
     file = source.files[0]
-    try:
-        with file.opened() as raw:
-            frame = polars.scan_parquet(raw.read())
-            names = frame.collect_schema().names()
-    except (polars.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{file.name}: not a readable parquet file ({error})") from error
+    with _parquet_errors(polars, file.name), file.opened() as raw:
+        frame = polars.scan_parquet(raw.read())
+        names = frame.collect_schema().names()
     plain = [re.sub("[^a-z]", "", name.lower()) for name in names]
     chosen = [
         names[_column(columns.user, USER_NAMES, "user", 0, names, plain, True, file.name)],
@@ -365,14 +363,16 @@ def _parquet_chunks(source: Source, columns: Columns) -> Iterator[Chunk]:
     ]
     if columns.rating is not None or any(name in plain for name in RATING_NAMES):
         chosen.append(names[_column(columns.rating, RATING_NAMES, "rating", 2, names, plain, True, file.name)])
-    table = frame.select(chosen).collect()
+    with _parquet_errors(polars, file.name):
+        table = frame.select(chosen).collect()
     for start in range(0, table.height, _PARQUET_ROWS):
         part = table.slice(start, _PARQUET_ROWS)
         for name in chosen:
             if part[name].null_count():
                 row = start + int(part[name].is_null().arg_max())
                 raise ValueError(f"{file.name}, row {row}: expected a value in column {name!r}; found none")
-        users, items = (_parquet_ids(part[name], file.name) for name in chosen[:2])
+        with _parquet_errors(polars, file.name):
+            users, items = (_parquet_ids(part[name], file.name) for name in chosen[:2])
         ratings = None
         if len(chosen) == 3:
             kind = part[chosen[2]].dtype
@@ -385,10 +385,31 @@ def _parquet_chunks(source: Source, columns: Columns) -> Iterator[Chunk]:
         yield Chunk(users, items, ratings)
 
 
+@contextmanager
+def _parquet_errors(polars: Any, name: str) -> Iterator[None]:
+    """What polars says of a damaged file, its panics included, as a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        damaged = isinstance(error, (polars.exceptions.PolarsError, OSError))
+        if not damaged and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{name}: not a readable parquet file ({error})") from error
+
+
 def _parquet_ids(series: Any, name: str) -> Any:
     if series.dtype.is_integer():
-        return series.to_numpy().astype(np.int64)
-    texts = series.cast(str).to_numpy().astype(np.str_)
-    if series.dtype.is_float() or (np.char.str_len(texts) == 0).any():
-        raise ValueError(f"{name}: expected integers or texts in column {series.name!r}; found {series.dtype} or empty")
-    return np.char.encode(texts, "utf-8")
+        ids = series.to_numpy()
+        if ids.dtype.kind == "u" and ids.size and ids.max() >= 2**63:
+            raise ValueError(f"{name}: expected integers below 2^63 in column {series.name!r}; found {ids.max()}")
+        return ids.astype(np.int64)
+    if series.dtype.is_float():
+        raise ValueError(f"{name}: expected integers or texts in column {series.name!r}; found {series.dtype}")
+    texts = series.cast(str)
+    lengths = texts.str.len_bytes()
+    if len(texts) and not 0 < lengths.min() <= lengths.max() <= MAX_ID_BYTES:
+        found = f"{lengths.min()} to {lengths.max()} bytes"
+        raise ValueError(f"{name}: expected 1 to {MAX_ID_BYTES} bytes in column {series.name!r}; found {found}")
+    if texts.str.contains("\0", literal=True).any():
+        raise ValueError(f"{name}: expected texts in column {series.name!r}; found binary data")
+    return np.char.encode(texts.to_numpy().astype(np.str_), "utf-8")

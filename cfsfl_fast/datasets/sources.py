@@ -11,22 +11,20 @@ import lzma
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, cast
 
-from cfsfl_fast.arrays import check_ratio
+from cfsfl_fast.arrays import check_ratio, damage_named, zip_members
 
 BLOCK_BYTES = 4 << 20
 LONGEST_LINE = 1 << 20
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
-_DAMAGE = (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
 _UTF16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
@@ -120,18 +118,16 @@ def _zip_members(path: Path) -> list[SourceFile]:
     def member(info: zipfile.ZipInfo) -> SourceFile:
         @contextmanager
         def opened() -> Iterator[BufferedReader]:
-            with _explained(path.name):
+            with damage_named(path.name):
                 check_ratio(info.file_size, info.compress_size)
-            with zipfile.ZipFile(path) as archive, archive.open(info) as raw:
+                archive = zipfile.ZipFile(path)
+                raw = archive.open(info)
+            with archive, raw:
                 yield cast(BufferedReader, raw)
 
         return SourceFile(f"{path.name}/{info.filename}", info.file_size, opened)
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path.name}: damaged or truncated zip archive ({error})") from error
+    infos = [info for info in zip_members(path) if not info.filename.endswith("/")]
     return [member(info) for info in sorted(infos, key=lambda info: info.filename)]
 
 
@@ -139,18 +135,17 @@ def _tar_members(path: Path) -> list[SourceFile]:
     def member(info: tarfile.TarInfo) -> SourceFile:
         @contextmanager
         def opened() -> Iterator[BufferedReader]:
-            with tarfile.open(path) as archive:
+            with damage_named(path.name):
+                archive = tarfile.open(path)  # noqa: SIM115
                 raw = archive.extractfile(info)
-                assert raw is not None  # list_files keeps regular files only
+            assert raw is not None  # list_files keeps regular files only
+            with archive, raw:
                 yield cast(BufferedReader, raw)
 
         return SourceFile(f"{path.name}/{info.name}", info.size, opened)
 
-    try:
-        with tarfile.open(path) as archive:
-            infos = [info for info in archive.getmembers() if info.isreg()]
-    except _DAMAGE as error:
-        raise ValueError(f"{path.name}: damaged or truncated tar archive ({error})") from error
+    with damage_named(path.name), tarfile.open(path) as archive:
+        infos = [info for info in archive.getmembers() if info.isreg()]
     return [member(info) for info in sorted(infos, key=lambda info: info.name)]
 
 
@@ -167,7 +162,7 @@ def _decompressed(raw: BufferedReader) -> IO[bytes]:
 
 def read_head(file: SourceFile, size: int = 1 << 16) -> bytes:
     """The first `size` bytes (or fewer), decompressed, without a UTF-8 byte order mark."""
-    with file.opened() as raw, _explained(file.name):
+    with file.opened() as raw, damage_named(file.name):
         return _decompressed(raw).read(size).removeprefix(codecs.BOM_UTF8)
 
 
@@ -187,7 +182,7 @@ def read_blocks(
     with file.opened() as raw:
         stream = _decompressed(raw)
         while True:
-            with _explained(file.name):
+            with damage_named(file.name):
                 data = stream.read(block_bytes)
                 n_read += len(data)
                 if stream is not raw:
@@ -234,15 +229,3 @@ def _checked(block: bytes, name: str, line: int) -> bytes:
             found = f"byte 0x{block[error.start]:02x}"
             raise ValueError(f"{name}, line {at}: expected UTF-8 text; found {found}") from error
     return block
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[Any]:
-    try:
-        yield
-    except _DAMAGE as error:
-        raise ValueError(f"{name}: damaged or truncated compressed data ({error})") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise ValueError(f"{name}: damaged compressed data ({error})") from error  # what bz2 raises
