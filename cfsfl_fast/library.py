@@ -68,22 +68,23 @@ def ended(offsets: Tensor, n_entries: int) -> Tensor:
 
 
 def rows_of(offsets: Tensor, n_entries: int) -> Tensor:
-    """The row of every CSR entry, B behind the last. [E]
-
-    Raises:
-        ValueError: offsets do not ascend from 0 to at most E; where a look does not wait for a device, or trace.
-    """
+    """The row of every CSR entry, B behind the last. [E]"""
     rows = torch.arange(offsets.shape[0], device=offsets.device)
-    counts = ended(offsets, n_entries).diff()
-    seen = counts.device.type == "cpu" and type(counts) is Tensor
-    if seen and (bool((counts < 0).any()) or int(counts.sum()) != n_entries):  # torch writes where they say
-        raise ValueError(f"offsets must ascend from 0 to at most {n_entries}; got {offsets[:8].tolist()} ...")
-    return torch.repeat_interleave(rows, counts, output_size=n_entries)
+    return torch.repeat_interleave(rows, ended(offsets, n_entries).diff(), output_size=n_entries)
 
 
 def without_room(items: Tensor, offsets: Tensor) -> CSR:
-    """The same CSR rows without entries behind the last, on a CPU; elsewhere that would wait for the device."""
-    return (items, offsets) if items.is_cuda or len(offsets) == 0 else (items[: int(offsets[-1])], offsets)
+    """The same CSR rows without entries behind the last, on a CPU; elsewhere that would wait for the device.
+
+    Raises:
+        ValueError: offsets do not ascend from 0 to at most E; torch reads and writes where they say. Seen on a CPU.
+    """
+    if items.is_cuda or len(offsets) == 0:
+        return items, offsets
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last > len(items) or bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(f"offsets must ascend from 0 to at most {len(items)}; got {offsets[:8].tolist()} ...")
+    return items[:last], offsets
 
 
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
