@@ -19,7 +19,8 @@ from cfsfl_fast import backends
 from cfsfl_fast.cli.options import config_field, config_options
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.interactions import from_pairs
-from cfsfl_fast.plan import free_memory, measured_rates, plan
+from cfsfl_fast.plan import measured_rates, plan
+from cfsfl_fast.scarcity import free_memory
 from cfsfl_fast.stages import fresh_model
 from cfsfl_fast.training import Optimisers, run_epoch
 

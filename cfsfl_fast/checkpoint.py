@@ -164,17 +164,6 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
 
 
-def read_weights(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a folder's model, where they are those of a given one by name and shape.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `read_tensors` and `check_tensors`.
-    """
-    tensors, _ = read_tensors(folder / MODEL)
-    check_tensors(folder / MODEL, tensors, wanted)
-    return tensors
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file with the digest of its tensors, whole or not at all.
 

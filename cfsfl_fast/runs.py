@@ -140,8 +140,10 @@ class Run(Trainer):
         self._write_model(self.out / "stages" / stage)
 
     def _write_model(self, folder: Path) -> None:
-        metadata = self.mesh.everyone.first(lambda: checkpoint.neighbours(folder))
-        self._write(folder / checkpoint.MODEL, self.model.state_dict(), metadata)
+        path, tensors = folder / checkpoint.MODEL, self.model.state_dict()
+        # A file with NaN would be refused by who reads it.
+        self.mesh.everyone.all_do(lambda: checkpoint.check_tensors(path, tensors, tensors))
+        self._write(path, tensors, self.mesh.everyone.first(lambda: checkpoint.neighbours(folder)))
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         if self.model.shard is None:

@@ -197,9 +197,9 @@ def test_no_thread_outlives_the_group() -> None:
     program = (
         "import importlib, pathlib, torch\n"
         "from cfsfl_fast.distributed import processes\n"
-        "with processes(torch.device('cpu')) as group:\n"
+        "with processes(torch.device('cpu')) as mesh:\n"
         "    importlib.import_module('torch.distributed.nn.functional')\n"
-        "    group.sums([torch.ones(3)])\n"
+        "    mesh.everyone.sums([torch.ones(3)])\n"
         "print(sum('gloo' in path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')))\n"
     )
     assert [text.strip() for text in outputs(["-c", program], 2)] == ["0", "0"]
