@@ -73,7 +73,7 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor holds NaN or infinite values, and the file would be refused by who reads it.
     """
-    check_tensors(folder / MODEL, tensors, tensors)
+    check_finite(folder / MODEL, tensors)
     write_tensors(folder / MODEL, tensors, neighbours(folder))
 
 
@@ -160,6 +160,16 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config says {expected}")
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{path}: {name} holds {tensor.dtype}, expected {wanted[name].dtype}")
+    check_finite(path, found)
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that hold NaN or infinite values.
+
+    Raises:
+        ValueError: naming the first of them and the file that they are of.
+    """
+    for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
 

@@ -140,12 +140,11 @@ class Run(Trainer):
         self._write_model(self.out / "stages" / stage)
 
     def _write_model(self, folder: Path) -> None:
-        path, tensors = folder / checkpoint.MODEL, self.model.state_dict()
-        # A file with NaN would be refused by who reads it.
-        self.mesh.everyone.all_do(lambda: checkpoint.check_tensors(path, tensors, tensors))
-        self._write(path, tensors, self.mesh.everyone.first(lambda: checkpoint.neighbours(folder)))
+        metadata = self.mesh.everyone.first(lambda: checkpoint.neighbours(folder))
+        self._write(folder / checkpoint.MODEL, self.model.state_dict(), metadata)
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        self.mesh.everyone.all_do(lambda: checkpoint.check_finite(path, tensors))  # nobody could go on from them
         if self.model.shard is None:
             self.mesh.everyone.first(lambda: checkpoint.write_tensors(path, tensors, metadata))
         else:

@@ -298,11 +298,23 @@ class Trainer:
             raise FloatingPointError(
                 f"the loss is {figures['loss']} in epoch {epoch} of stage {stage!r}: lower the learning rate"
             )
+        if wrong := self._not_finite():
+            raise FloatingPointError(
+                f"{wrong} holds NaN or infinite values after epoch {epoch} of stage {stage!r}: lower the learning rate"
+            )
         if self.optimisers.reward is None:
             figures = {"loss": figures["loss"]}
         elif stage == "reward":
             del figures["loss"]
         return {**figures, "seconds": seconds, "users_per_second": n_users / seconds}
+
+    def _not_finite(self) -> str | None:
+        """The first tensor of the model that holds NaN or infinite values: the last update has no loss to tell."""
+        state = self.model.state_dict()
+        wrong = torch.stack([tensor.isfinite().logical_not().any() for tensor in state.values()]).int()
+        if self.model.shard is not None:
+            (wrong,) = self.model.shard.group.sums([wrong])  # also in the rows of another process
+        return next((name for name, found in zip(state, wrong.tolist(), strict=True) if found), None)
 
     def _done(self, stage: str, epoch: int, figures: dict[str, float], ranked: bool) -> None:
         """Validates after an epoch, tells of it, and keeps the weights if they are the best so far."""

@@ -18,16 +18,17 @@ import pytest
 import safetensors
 import torch
 
-from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, training
+from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, stages, training
 from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
 from cfsfl_fast.evaluation import evaluate
-from cfsfl_fast.runs import Run
+from cfsfl_fast.runs import STATE, Run, read_state
 from cfsfl_fast.scarcity import OutOfMemoryError
 from tests.chaos import TRAINING as OPTIONS
 from tests.chaos import digests
 from tests.conftest import ROOT
+from tests.processes import PATIENCE, started
 from tests.test_model import build, histories
-from tests.test_training import QUICK
+from tests.test_training import QUICK, command
 
 TRAINING = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
 
@@ -341,21 +342,81 @@ def test_an_update_that_does_not_fit_stops_the_run_and_loses_nothing(
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
 
 
-def test_weights_that_turn_nan_are_never_written(toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the last update of an epoch, whose loss still was a number."""
-    trained = Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), show_progress=False)
-    epoch = trained._epoch
+# Numbers that are none
 
-    def poisoned(stage: str, number: int, n_epochs: int) -> dict[str, float]:
-        figures = epoch(stage, number, n_epochs)
-        if stage == "reward":
+
+def poison(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """The last update of a stage's second epoch, whose loss still was a number, leaves NaN."""
+    real = stages.run_epoch
+
+    def run_epoch(model: CFSFL, *arguments: Any) -> Any:
+        found = real(model, *arguments)
+        if arguments[2] == stage and arguments[4][-1] == 2:
             with torch.no_grad():
-                trained.model.reward[0].weight.fill_(torch.nan)
-        return figures
+                model.reward[0].weight[0, 0] = torch.nan
+        return found
 
-    monkeypatch.setattr(trained, "_epoch", poisoned)
-    with pytest.raises(ValueError, match=r"stages/reward/model\.safetensors: reward.* holds NaN or infinite values"):
-        trained.train()
-    Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), resume=True, show_progress=False).train()
-    Run(toy, tmp_path / "whole", CFSFLConfig(**QUICK), show_progress=False).train()
+    monkeypatch.setattr(stages, "run_epoch", run_epoch)
+
+
+@pytest.mark.parametrize("stage", ["recommender", "reward", "joint"])
+def test_weights_that_turn_nan_are_never_written(
+    stage: str, toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CFSFLConfig(**{**QUICK, "epochs": (2, 2, 2)})
+    with monkeypatch.context() as poisoned:
+        poison(poisoned, stage)
+        with pytest.raises(FloatingPointError) as raised:
+            Run(toy, tmp_path / "run", config, show_progress=False).train()
+    assert str(raised.value) == (
+        f"reward.0.weight holds NaN or infinite values after epoch 2 of stage {stage!r}: lower the learning rate; "
+        f"{tmp_path / 'run'} keeps the epochs before"
+    )
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        checkpoint.check_finite(path, checkpoint.read_tensors(path)[0])
+    Run(toy, tmp_path / "run", config, resume=True, show_progress=False).train()
+    Run(toy, tmp_path / "whole", config, show_progress=False).train()
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", ["model", "state"])
+def test_a_run_writes_no_nan(place: str, toy: Dataset, tmp_path: Path) -> None:
+    """Wherever it comes from: a file that nobody could read takes no older one's place."""
+    run = Run(toy, tmp_path / "run", CFSFLConfig(**QUICK), show_progress=False)
+    run.train()
+    before = digests(tmp_path / "run")
+    with torch.no_grad():
+        run.model.lookup.weight[3, 1] = torch.inf
+    run.optimisers = training.Optimisers(run.model, "joint")
+    with pytest.raises(ValueError, match=r"run/.*\.safetensors: (model/)?lookup\.weight holds NaN or infinite values"):
+        run.keep("joint") if place == "model" else run.save_state()
+    assert digests(tmp_path / "run") == before
+
+
+POISONED = """
+import sys, torch
+from cfsfl_fast import cli, distributed, stages
+real = stages.run_epoch
+def run_epoch(model, *arguments):
+    found = real(model, *arguments)
+    if arguments[2] == "joint" and model.shard.group.rank == 1:
+        with torch.no_grad():
+            model.lookup.weight[0, 0] = torch.nan
+    return found
+stages.run_epoch = run_epoch
+cli.main(sys.argv[1:])
+"""
+
+
+def test_nan_in_the_rows_of_one_process_stops_all(toy_folder: Path, tmp_path: Path) -> None:
+    asked = [*command(toy_folder, tmp_path / "run")[3:], "--item-shards=2"]
+    with started(["-c", POISONED, *asked], 2) as running:
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in running]
+        assert [process.returncode for process in running] == [2, 2], errors
+    for error in errors:
+        assert "lookup.weight holds NaN or infinite values after epoch 1 of stage 'joint'" in error
+        assert len(error.strip().splitlines()) == 1
+    progress = read_state(tmp_path / "run" / STATE)[1]
+    assert (progress["stage"], progress["epoch"], len(progress["best"])) == ("joint", 0, 3), "what was before is kept"
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        checkpoint.check_finite(path, checkpoint.read_tensors(path)[0])
