@@ -14,6 +14,7 @@ Memory    Graphs of one device share a pool. A replay overwrites what others lef
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -75,6 +76,7 @@ class _Device:
         self.aside: Any = torch.cuda.Stream(device)
         self.pool: Any = None
         self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.failed: list[Any] = []
         self.replayed: Any = torch.cuda.Event()
         self.replayed_on: Any = None
 
@@ -105,14 +107,26 @@ class _Device:
         if not self.graphs:  # the allocator takes no pool back whose graphs are all gone
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        _forget_workspaces()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
                 outputs = function(*inputs)
         except RuntimeError:
-            torch.cuda.set_stream(stream)  # where ending the capture fails too, torch leaves its own stream current
+            self._end_failed(graph, stream)
             raise
+        finally:
+            _forget_workspaces()
         self.graphs.add(graph)
         return graph, outputs
+
+    def _end_failed(self, graph: Any, stream: Any) -> None:
+        """Does what torch leaves undone where ending a capture fails too: its stream stays current, and the allocator
+        goes on asking the graph whose memory is whose.
+        """
+        torch.cuda.set_stream(stream)
+        self.failed.append(graph)
+        with contextlib.suppress(RuntimeError, AttributeError):  # of a capture that was ended, or by another version
+            torch._C._cuda_endAllocateToPool(stream.device_index, self.pool)
 
     def replay(self, graph: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Copies of the results of one more run."""
@@ -122,6 +136,15 @@ class _Device:
         self.replayed.record(stream)
         self.replayed_on = stream
         return copies
+
+
+def _forget_workspaces() -> None:
+    """Lets every graph have cuBLAS's workspaces in the graphs' pool, where they live as long as it.
+
+    torch keeps one for each stream, graphs hold its address, and the end of any graph that was captured on the stream
+    takes it away from all others (PyTorch issue 193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 class Graphs:

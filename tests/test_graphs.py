@@ -197,6 +197,29 @@ def test_graphs_come_again_after_all_are_gone(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_outlives_others_of_its_stream() -> None:
+    """Also one that is newer, whose products' workspace the older one may share."""
+    mode = Graphs()
+    weight = torch.randn(4096, 4096, device="cuda")
+    inputs = [torch.randn(n, 4096, device="cuda") for n in (64, 32)]
+    expected = [x @ weight for x in inputs]
+
+    def times(x: Tensor) -> tuple[Tensor, ...]:
+        return (x @ weight,)
+
+    for _ in range(graphs.WARM_UP + 2):
+        for x in inputs:
+            mode.run(times, x, key=len(x), reads=[weight])
+    mode._recordings.popitem()  # the newer goes
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    rubbish = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]
+    assert torch.equal(mode.run(times, inputs[0], key=64, reads=[weight])[0], expected[0])
+    assert all(bool(r.isnan().all()) for r in rubbish)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_follow_one_another_on_any_streams() -> None:
     mode = Graphs()
     streams = [torch.cuda.Stream() for _ in range(3)]
