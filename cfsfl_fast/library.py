@@ -112,6 +112,8 @@ def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
 
 def exact_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The list of each row of scores [B, M]: ids [B, K], scores [B, K]. Ties to the smaller id, NaN never."""
+    if scores.device.type != "cpu":
+        return keyed_topk(scores, k)
     k = min(k, scores.shape[1])
     if k == 0 or len(scores) == 0:
         return scores.new_empty((len(scores), k), dtype=torch.int64), scores.new_empty(len(scores), k)
@@ -125,6 +127,24 @@ def exact_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ordered = rows.masked_fill_(rows.isnan(), float("-inf")).sort(dim=1, descending=True, stable=True)
         best[unsure], ids[unsure] = ordered.values[:, :k], ordered.indices[:, :k]
     return ids.masked_fill_(best == float("-inf"), -1), best
+
+
+def keyed_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`exact_topk` that does not wait for a device to say where scores are tied.
+
+    The bits of a float32, made to ascend as integers do, and the column behind them are one key, so none are tied.
+    """
+    k, last = min(k, scores.shape[1]), scores.shape[1] - 1
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    if scores.dtype == torch.float64:
+        ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    else:
+        bits = (scores.float() + 0.0).view(torch.int32)  # -0 becomes 0
+        keys = bits.where(bits >= 0, bits ^ 0x7FFFFFFF).long() << 32
+        keys |= torch.arange(last, -1, -1, device=scores.device)
+        ids = last - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
+    best = scores.gather(1, ids)
+    return ids.masked_fill(best == float("-inf"), -1), best
 
 
 def _chunks(n_users: int, n_items: int) -> Iterator[tuple[int, int]]:

@@ -296,6 +296,7 @@ class Optimisers:
             ValueError: it is of other parameters.
         """
         optimisers = {"main": self.main, "reward": self.reward}
+        self.updates = None  # a graph of theirs writes to the tensors that there are now
         for path, value in state.items():
             which, name, key = path.split("/") if path.count("/") == 2 else ("", "", "")
             optimiser, parameter = optimisers.get(which), self.named.get(name)
@@ -308,12 +309,12 @@ class Optimisers:
 def _adam(named: dict[str, torch.nn.Parameter], groups: list[tuple[list[str], float, float]]) -> torch.optim.Adam:
     """On a CUDA device counters and learning rates live there, where a captured update finds them."""
     device = next(iter(named.values())).device
-    on_device = device.type == "cuda"
+    on_device = device.type != "cpu"
     optimiser = RowAdam(
         [
             {
                 "params": [named[n] for n in names],
-                "lr": torch.tensor(rate, device=device) if on_device else rate,
+                "lr": torch.full((), rate, device=device) if on_device else rate,
                 "weight_decay": decay,
             }
             for names, rate, decay in groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsfl_fast import backends, ops, reference
+from cfsfl_fast import backends, library, ops, reference
 from cfsfl_fast.testing import assert_as_good, assert_list, backend_params, poisoned, random_problem
 
 SHAPES = [(1, 1, 1), (0, 7, 5), (3, 7, 5), (1, 4100, 37), (13, 130, 33), (26, 1100, 40), (30, 2500, 17)]
@@ -85,3 +85,16 @@ def test_permuting_users_permutes_lists(backend: str) -> None:
         moved_ids, moved_scores = ops.linear_topk(p.u[order], ops.Table(p.weight, p.bias), 20)
     assert torch.equal(moved_ids, ids[order])
     assert torch.equal(moved_scores, scores[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_lists_without_a_look_at_ties(dtype: torch.dtype) -> None:
+    """What a device runs, where to count ties would be to wait."""
+    scores = torch.randint(-3, 4, (40, 300), generator=torch.Generator().manual_seed(3)).to(dtype) / 2
+    scores[0], scores[1] = float("nan"), float("-inf")
+    scores[2, ::3], scores[3, 7], scores[4, 9] = -0.0, float("inf"), float("nan")
+    for k in (0, 1, 50, 300, 999):
+        found, expected = library.keyed_topk(scores, k), reference.top(scores, k)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    assert library.keyed_topk(scores[:, :0], 5)[0].shape == (40, 0)
