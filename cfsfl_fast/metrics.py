@@ -39,10 +39,10 @@ def recall(hit: Tensor, n_targets: Tensor, r: int) -> Tensor:
 
 def ndcg(hit: Tensor, n_targets: Tensor, r: int) -> Tensor:
     """Binary NDCG@R, the ideal truncated at min(|targets|, R), of each user. [B] float64; NaN without a target"""
-    discount = 1 / torch.log2(torch.arange(2, r + 2, device=hit.device, dtype=torch.float64))
-    gain = (hit[:, :r] * discount[: hit.shape[1]]).sum(1)
-    ideal = torch.cat([discount.new_zeros(1), discount.cumsum(0)])[n_targets.clamp_max(r)]
-    return gain / ideal
+    discount = 1 / torch.log2(torch.arange(2, r + 2, dtype=torch.float64))
+    ideal = torch.cat([discount.new_zeros(1), discount.cumsum(0)]).to(hit.device)  # a GPU's own has no fixed order
+    gain = (hit[:, :r] * discount[: hit.shape[1]].to(hit.device)).sum(1)
+    return gain / ideal[n_targets.clamp_max(r)]
 
 
 def mean(values: Tensor) -> Mean:

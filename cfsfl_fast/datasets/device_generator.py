@@ -98,6 +98,14 @@ def _normal(*shape: int, random: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=random, device=random.device, dtype=torch.float64)
 
 
+def _climbing(weights: Tensor) -> Tensor:
+    """Each row's shares, summed up from the left to 1: in whole numbers, of which a GPU's sums have the same bits in
+    any order.
+    """
+    steps = (weights / weights.sum(1, keepdim=True) * 2.0**50).round().long().cumsum(1).double()
+    return steps / steps[:, -1:]
+
+
 def _tastes(n_items: int, n_factors: int, random: torch.Generator) -> Tensor:
     """Cumulative probabilities [C, M] of C tastes over M items; taste c climbs from c to c + 1."""
     n_tastes = generator.TASTES_PER_FACTOR * n_factors
@@ -106,9 +114,7 @@ def _tastes(n_items: int, n_factors: int, random: torch.Generator) -> Tensor:
     item_factors, taste_factors = (_normal(n, n_factors, random=random) for n in (n_items, n_tastes))
     taste_factors /= taste_factors.norm(dim=1, keepdim=True)
     affinity = (generator.AFFINITY_STRENGTH * (taste_factors @ item_factors.T)).exp()
-    cumulative = (popularity * affinity).cumsum(1)
-    cumulative /= cumulative[:, -1:].clone()
-    return cumulative + torch.arange(n_tastes, device=random.device)[:, None]
+    return _climbing(popularity * affinity) + torch.arange(n_tastes, device=random.device)[:, None]
 
 
 def _block(cumulative: Tensor, size: int, n_items: int, events_per_user: float, random: torch.Generator) -> Tensor:
@@ -120,9 +126,8 @@ def _block(cumulative: Tensor, size: int, n_items: int, events_per_user: float, 
     shape = generator.TASTE_CONCENTRATION / n_tastes
     uniform, exponential = _uniform(size, n_tastes, random=random), -_uniform(size, n_tastes, random=random).log()
     mixture = (uniform.log() / shape + exponential.log()).softmax(1)
-    mixture = ((1 - generator.CURIOSITY) * mixture + generator.CURIOSITY / n_tastes).cumsum(1)
     user = torch.arange(size, device=device)
-    mixture = mixture / mixture[:, -1:] + user[:, None]
+    mixture = _climbing((1 - generator.CURIOSITY) * mixture + generator.CURIOSITY / n_tastes) + user[:, None]
 
     draws = 3 * wanted + 8  # enough that repeats seldom leave a user short
     user = user.repeat_interleave(draws)
