@@ -20,7 +20,8 @@ class CFSFLConfig:
     """What CF-SFL computes and how it is trained; the defaults are the best that was measured.
 
     Model
-        recommender: "vae" (Mult-VAE), "dae", "vae-gaussian", "vae-linear", "mf", "warp" or "recvae".
+        recommender: "vae" (Mult-VAE), "dae", "vae-gaussian", "vae-linear", "mf", "warp", "recvae",
+            "cdae" or "awae".
         steps: T, feedback steps; T = 0 is the plain recommender.
         top_k: K, items of the list that the virtual user sees.
         action: how the list enters h(x, a), forward and backward.
@@ -43,6 +44,8 @@ class CFSFLConfig:
         kl_gamma: "auto" is 0.005 for "recvae", else 0.0025.
         kl_cap: greatest beta; "auto" is 0.05 for "vae-gaussian" and "vae-linear", else 0.2.
         anneal_steps: steps in which beta would reach 1; "auto" reaches the cap after 85 % of all updates.
+        mmd_weight: of the divergence of "awae", between the codes of a batch and the prior, in place of a KL term's.
+        code_l1: of the l1 norm of the latent mean; "auto" is 0.1 for "awae", else 0.
         reward_weight: lambda_adv of the adversarial term in (7).
         reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
         l2: penalty l2 / batch_size ||W||^2 on the recommender's weights; "auto" is 0.05 for "mf" and "warp", 0 for
@@ -57,8 +60,8 @@ class CFSFLConfig:
         joint: stage 3 runs where there is a loop ("auto"), or with T = 0 too ("always"): the recommender trained on
             with the adversarial term (the paper's VAE+R), or where reward_weight = 0 without it.
         batch_size: users of an update; "auto" by the number of training users.
-        learning_rate: stage 1. joint_learning_rate: the recommender in stage 3. feedback_learning_rate: feedback
-            generator and lookup table. reward_learning_rate: reward estimator.
+        learning_rate: stage 1; "auto" is 1e-2 for "cdae", else 1e-3. joint_learning_rate: the recommender in stage 3.
+            feedback_learning_rate: feedback generator and lookup table. reward_learning_rate: reward estimator.
         reward_batch: the reward estimator of stage 3 learns from the lists of the update before it ("shared"), or from
             a batch of its own ("fresh").
         softmax: "full", or "sampled": the multinomial loss is estimated from the user's targets and `negatives` items,
@@ -89,6 +92,8 @@ class CFSFLConfig:
     kl_gamma: float | str = "auto"
     kl_cap: float | str = "auto"
     anneal_steps: int | str = "auto"
+    mmd_weight: float = 100.0
+    code_l1: float | str = "auto"
     reward_weight: float = 1.0
     reward_loss: str = "imitation"
     l2: float | str = "auto"
@@ -99,7 +104,7 @@ class CFSFLConfig:
     epochs: tuple[int, int, int] = (100, 5, 25)
     joint: str = "auto"
     batch_size: int | str = "auto"
-    learning_rate: float = 1e-3
+    learning_rate: float | str = "auto"
     joint_learning_rate: float = 1e-4
     feedback_learning_rate: float = 1e-3
     reward_learning_rate: float = 1e-3
@@ -122,6 +127,8 @@ class CFSFLConfig:
         for name, (of, others) in _OF_RECOMMENDER.items():
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, of.get(self.recommender, others))
+            elif isinstance(getattr(self, name), str):
+                raise ValueError(f'{name} must be "auto" or a number; got {getattr(self, name)!r}')
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -272,10 +279,10 @@ MOST_STEPS = 10_000
 
 FEEDBACK_INPUTS = ("history", "list", "reward")
 
-MULTINOMIAL = ("vae", "dae", "recvae")
+MULTINOMIAL = ("vae", "dae", "recvae", "awae")
 """Recommenders of the multinomial likelihood."""
 
-RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp", "recvae")
+RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp", "recvae", "cdae", "awae")
 
 _CHOICES = {
     "recommender": RECOMMENDER_NAMES,
@@ -293,7 +300,9 @@ _CHOICES = {
 }
 _OF_RECOMMENDER = {
     "kl_cap": ({"vae-gaussian": 0.05, "vae-linear": 0.05}, 0.2),
+    "learning_rate": ({"cdae": 1e-2}, 1e-3),
     "kl_gamma": ({"recvae": 0.005}, 0.0025),
+    "code_l1": ({"awae": 0.1}, 0.0),
     "l2": ({"mf": 0.05, "warp": 0.05, "recvae": 0.0}, 0.01),
 }
 """What "auto" is for some recommenders, and for all others."""
@@ -308,6 +317,8 @@ _LEAST = {
     "feedback_dim": 1,
     "kl_gamma": 0,
     "kl_cap": 0,
+    "mmd_weight": 0,
+    "code_l1": 0,
     "reward_weight": 0,
     "l2": 0,
     "learning_rate": 0,

@@ -496,6 +496,50 @@ def _squared_scores(u: Tensor, weight: Tensor, bias: Tensor, exclude: CSR | None
     return scores if exclude is None else scores.masked_fill_(scores == float("-inf"), 0)
 
 
+def linear_logistic(
+    u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None
+) -> tuple[Tensor, Tensor | None]:
+    """The logistic loss of each user [B], and sigmoid(s) [B, M] where the catalogue is one chunk, else None."""
+    loss = u.new_zeros(u.shape[0] + 1)
+    kept = None
+    for start, stop in _chunks(u.shape[0], weight.shape[0]):
+        scores = _score(u, weight, bias, exclude, start, stop)
+        rows, columns = _inside(items, offsets, start, stop)
+        loss.index_add_(0, rows, scores[rows.clamp_max(u.shape[0] - 1), columns], alpha=-1)
+        softplus = scratch.take(u.shape[0], stop - start, scores)
+        loss[:-1] += torch.logaddexp(scores, scores.new_zeros(()), out=softplus).sum(1)  # 0 where excluded
+        scratch.give(softplus)
+        if stop - start == weight.shape[0]:
+            kept = scores.sigmoid_()
+        else:
+            scratch.give(scores)
+    return loss[:-1], kept
+
+
+def linear_logistic_backward(
+    dloss: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    exclude: CSR | None,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dloss (sigmoid(s) - x), a chunk of items at a time."""
+    hits = F.pad(-dloss, (0, 1))
+    du = torch.zeros_like(u)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    for start, stop in _chunks(u.shape[0], weight.shape[0]):
+        ds = _score(u, weight, bias, exclude, start, stop).sigmoid_() if kept is None else kept
+        rows, columns = _inside(items, offsets, start, stop)
+        ds.mul_(dloss[:, None]).index_put_((rows.clamp_max(u.shape[0] - 1), columns), hits[rows], accumulate=True)
+        _products(ds, u, weight[start:stop], du, dweight[start:stop], dbias[start:stop])
+        scratch.give(ds)
+    return du, dweight, dbias
+
+
 WARP_SCORES = 1 << 21
 """Scores that are ranked at once: some 100 MB beside the [B, M] gradient."""
 

@@ -183,6 +183,21 @@ def linear_squares(
     return (cost * (x - scores).square()).sum(1)
 
 
+def linear_logistic(
+    u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None = None
+) -> Tensor:
+    """The logistic loss -sum_{j in x} log sigmoid(s_j) - sum_{j not in x} log(1 - sigmoid(s_j)) of each user. [B]
+
+    Excluded items leave the sum.
+    """
+    scores = linear(u, weight, bias)
+    target = torch.zeros_like(scores).index_put((rows_of(offsets), items), scores.new_ones(len(items)))
+    loss = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+    if exclude is not None:
+        loss = loss.index_put((rows_of(exclude[1]), exclude[0]), loss.new_zeros(()))
+    return loss.sum(1)
+
+
 def linear_warp(
     u: Tensor, weight: Tensor, bias: Tensor, items: Tensor, offsets: Tensor, exclude: CSR | None = None
 ) -> Tensor:

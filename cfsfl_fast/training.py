@@ -98,9 +98,12 @@ class Noise:
         return noise.normal(LATENT, *self.keys, t if self.fresh else 0, self.users[:, None], z, device=z.device)
 
 
-def _kl_weight(batch: View, config: CFSFLConfig, step: int | Tensor) -> Tensor | float:
+def _kl_weight(model: CFSFL, batch: View, step: int | Tensor) -> Tensor | float:
+    config = model.config
     if config.kl == "none":
         return 0.0
+    if model.recommender.compares:
+        return config.mmd_weight
     assert isinstance(config.anneal_steps, int)
     cap = float(config.kl_cap)
     beta = losses.annealed_beta(step, config.anneal_steps, cap)
@@ -139,8 +142,10 @@ def _supervised(
         output,
         *batch.targets.csr,
         exclude=batch.mask,
-        kl_weight=_kl_weight(batch, model.config, step),
+        kl_weight=_kl_weight(model, batch, step),
         prior=model.recommender.prior(*batch.whole.csr, batch.whole.unit_weights()),
+        share=batch.share,
+        code_l1=float(model.config.code_l1),
         k=k,
         state=state,
         sample=None if drawn is None else sample,
@@ -264,7 +269,7 @@ class Optimisers:
         theta = [n for n in named if n.startswith("recommender.")]
         decayed = [n for n in theta if named[n].dim() == 2]
         assert isinstance(config.batch_size, int)
-        rate = config.learning_rate if stage == "recommender" else config.joint_learning_rate
+        rate = float(config.learning_rate) if stage == "recommender" else config.joint_learning_rate
         # Adam's weight_decay adds decay * W to the gradient: the gradient of decay / 2 ||W||^2.
         groups = [
             (decayed, rate, 2 * float(config.l2) / config.batch_size),
@@ -370,6 +375,11 @@ class Updates:
             raise ValueError(
                 f'precision="bf16" trains by the multinomial loss alone; recommender {model.config.recommender!r} has '
                 f"another, which needs float32 products"
+            )
+        if model.recommender.compares and group.size > 1:
+            raise ValueError(
+                f"recommender {model.config.recommender!r} compares the users of a batch, which {group.size} processes "
+                f"would share; train it in one"
             )
         self.model, self.optimisers, self.stage, self.group = model, optimisers, stage, group
         self.given = histories

@@ -67,7 +67,7 @@ def test_a_compiled_model_is_one_graph_and_the_eager_model(backend: str) -> None
 
 @pytest.mark.parametrize(
     ("step", "recommender"),
-    [(recommender_step, "vae"), (joint_step, "vae"), (recommender_step, "mf"), (recommender_step, "warp")],
+    [(joint_step, "vae"), *((recommender_step, name) for name in ("vae", "mf", "warp", "cdae", "awae"))],
 )
 def test_a_compiled_update_is_the_eager_one(step: Callable[..., Any], recommender: str) -> None:
     model = build(recommender=recommender, anneal_steps=10, reading="heldout").train()

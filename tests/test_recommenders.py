@@ -16,10 +16,11 @@ from cfsfl_fast import CFSFL, CFSFLConfig, backends
 from cfsfl_fast.config import RECOMMENDER_NAMES
 from cfsfl_fast.datasets import Protocol, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
+from cfsfl_fast.distributed import Group
 from cfsfl_fast.interactions import as_interactions
-from cfsfl_fast.recommenders import RECOMMENDERS
+from cfsfl_fast.recommenders import RECOMMENDERS, awae
 from cfsfl_fast.runs import Run
-from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step, run_epoch, view
+from cfsfl_fast.training import Noise, Optimisers, Updates, joint_step, recommender_step, run_epoch, view
 from tests.conftest import clusters
 
 SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}
@@ -53,17 +54,26 @@ def test_the_config_knows_every_recommender() -> None:
 # The losses, written down a second time
 
 
-def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-    """u and the KL term of dense pre-activations, [B, H'], [B]; x_hat: whole histories, for RecVAE's prior."""
+def code_of(
+    name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor, x_hat: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, the divergence and the latent mean of dense pre-activations, [B, H'], [B], [B, Z], zeros where there is none;
+    x_hat: whole histories, for RecVAE's prior.
+    """
 
     def layer(x: Tensor, which: str) -> Tensor:
         return x @ p[f"{which}.weight"].T + p[f"{which}.bias"]
 
     none = torch.zeros(len(inner), dtype=torch.float64)
     if name in ("mf", "warp"):
-        return inner, none
+        return inner, none, none[:, None]
+    if name == "cdae":
+        return 1 / (1 + torch.exp(-inner)), none, none[:, None]
     if name == "dae":
-        return torch.tanh(layer(torch.tanh(layer(torch.tanh(inner), "code")), "hidden")), none
+        return torch.tanh(layer(torch.tanh(layer(torch.tanh(inner), "code")), "hidden")), none, none[:, None]
+    if name == "awae":
+        z = layer(torch.tanh(inner), "code")
+        return torch.tanh(layer(z, "hidden")), none + discrepancy_of(z.numpy()), z
     if name == "recvae":
         normal, mixture = torch.distributions.Normal, torch.distributions.MixtureSameFamily
         mu, logvar = rec_encoder(p, "encoder", inner)
@@ -76,13 +86,28 @@ def code_of(name: str, p: dict[str, Tensor], inner: Tensor, eps: Tensor, x_hat: 
         prior = mixture(
             torch.distributions.Categorical(torch.tensor([0.15, 0.75, 0.1]).double()), normal(means, deviations)
         )
-        return z, (normal(mu, torch.exp(logvar / 2)).log_prob(z) - prior.log_prob(z)).sum(1)
+        return z, (normal(mu, torch.exp(logvar / 2)).log_prob(z) - prior.log_prob(z)).sum(1), mu
     mu, logvar = (inner if name == "vae-linear" else layer(torch.tanh(inner), "code")).chunk(2, 1)
     std = torch.exp(logvar / 2)
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mu, std), normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(1)
     z = mu + eps * std
-    return (z if name == "vae-linear" else torch.tanh(layer(z, "hidden"))), kl
+    return (z if name == "vae-linear" else torch.tanh(layer(z, "hidden"))), kl, mu
+
+
+def discrepancy_of(z: np.ndarray) -> float:
+    """MMD^2 between codes [B, Z] and N(0, I), pair by pair, the prior by quadrature: the kernel is a product over Z."""
+    n, size = z.shape
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = weights / weights.sum()
+    total = 0.0
+    for c in (0.25, 1.0, 4.0):
+        spread = 2 * c * size
+        pairs = [np.exp(-((z[i] - z[j]) ** 2).sum() / spread) for i in range(n) for j in range(n) if i != j]
+        crossed = [np.prod([weights @ np.exp(-((v - points) ** 2) / spread) for v in row]) for row in z]
+        apart = weights @ np.exp(-((2**0.5 * points) ** 2) / spread)  # y - y' ~ N(0, 2)
+        total += np.mean(pairs) - 2 * np.mean(crossed) + apart**size
+    return total / 3
 
 
 def rec_encoder(p: dict[str, Tensor], which: str, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +135,11 @@ def rec_encoder(p: dict[str, Tensor], which: str, inner: Tensor) -> tuple[Tensor
 
 def likelihood_of(name: str, s: Tensor, x: Tensor, left_out: Tensor) -> Tensor:
     """The reconstruction term of each user. [B]"""
-    if name in ("vae", "dae", "recvae"):
+    if name in ("vae", "dae", "recvae", "awae"):
         return -(F.log_softmax(s.masked_fill(left_out > 0, -1e300), 1) * x).sum(1)
+    if name == "cdae":
+        chosen = torch.where(x > 0, torch.sigmoid(s), 1 - torch.sigmoid(s))  # the probability of what is seen
+        return -(torch.log(chosen) * (1 - left_out)).sum(1)
     if name != "warp":
         return (torch.where(x > 0, 5.0, 1.0) * (1 - left_out) * (x - s) ** 2).sum(1)
     losses = []
@@ -125,7 +153,9 @@ def likelihood_of(name: str, s: Tensor, x: Tensor, left_out: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("choices", [{}, {"reading": "full", "kl": "annealed"}, {"mask_kept": False, "kl": "none"}])
+@pytest.mark.parametrize(
+    "choices", [{}, {"reading": "full", "kl": "annealed", "code_l1": 0.3}, {"mask_kept": False, "kl": "none"}]
+)
 def test_supervised_loss_is_that_of_the_specification(name: str, choices: dict[str, Any]) -> None:
     model = build(name, **choices)
     users = torch.arange(7, 37)
@@ -137,7 +167,7 @@ def test_supervised_loss_is_that_of_the_specification(name: str, choices: dict[s
     encoder = torch.zeros(30, M, dtype=torch.float64)
     encoder[batch.encoded.rows, batch.encoded.items] = batch.weights.double()
     x_hat = F.normalize(dense(x))
-    u, kl = code_of(name, p, encoder @ p["input.weight"] + p["input.bias"], eps(0).double(), x_hat)
+    u, kl, mu = code_of(name, p, encoder @ p["input.weight"] + p["input.bias"], eps(0).double(), x_hat)
     scores = u @ p["output.weight"].T + p["output.bias"]
     masked = model.config.reading == "heldout" and model.config.mask_kept
     left_out = dense(batch.seen) if masked else torch.zeros_like(encoder)
@@ -145,7 +175,10 @@ def test_supervised_loss_is_that_of_the_specification(name: str, choices: dict[s
     ramp = min(cap, 0.07)
     gamma = 0.005 if name == "recvae" else 0.0025
     weight = {"per_user": gamma * ramp / cap * dense(x).sum(1), "annealed": ramp, "none": 0.0}[model.config.kl]
-    expected = (likelihood_of(name, scores, dense(batch.targets), left_out) + weight * kl).mean()
+    if name == "awae":
+        weight = 0.0 if model.config.kl == "none" else model.config.mmd_weight
+    l1 = float(model.config.code_l1) * mu.abs().sum(1)
+    expected = (likelihood_of(name, scores, dense(batch.targets), left_out) + weight * kl + l1).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -226,23 +259,69 @@ def test_defaults_of_a_recommender_give_way_to_a_choice() -> None:
     assert CFSFLConfig(recommender="mf").l2 == 0.05
     mf = CFSFLConfig(recommender="mf", l2=0.0)
     assert dataclasses.replace(mf, steps=1).l2 == 0.0
+    assert (CFSFLConfig(recommender="cdae").learning_rate, CFSFLConfig(recommender="dae").learning_rate) == (1e-2, 1e-3)
     with pytest.raises(ValueError, match="kl_cap must be at least 0; got -1"):
         CFSFLConfig(kl_cap=-1)
+    with pytest.raises(ValueError, match="learning_rate must be \"auto\" or a number; got 'fast'"):
+        CFSFLConfig(learning_rate="fast")
 
 
 def test_a_loss_of_users_without_targets_is_zero_or_what_they_miss() -> None:
-    """An empty row: no multinomial or ranked loss; of squares, what every score costs."""
+    """An empty row: no multinomial or ranked loss; of the others, what every score costs."""
     x = as_interactions(np.zeros((2, M)), M)
     for name in NAMES:
         model = build(name)
         recommender = model.recommender
         code = recommender(recommender.hoist(*x.csr, x.unit_weights()))
         loss, _, _ = recommender.loss(code, model.output_table(), *x.csr)
-        if "squares" in recommender.likelihood.__name__:
+        costs = {"weighted_squares": torch.square, "logistic": F.softplus}
+        if cost := costs.get(recommender.likelihood.__name__):
             scores = F.linear(code.u, recommender.output.weight, recommender.output.bias)
-            assert torch.allclose(loss, scores.square().sum(1), rtol=1e-5)
+            assert torch.allclose(loss, cost(scores).sum(1), rtol=1e-5)
         else:
             assert loss.tolist() == [0, 0]
+
+
+# aWAE's codes
+
+
+def test_awaes_codes_are_as_far_from_the_prior_as_their_distribution() -> None:
+    """0 in the mean over samples of the prior, and more for other distributions."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(200, 60, 8, generator=generator, dtype=torch.float64)
+    share = torch.full((60,), 1 / 60, dtype=torch.float64)
+
+    def mean(samples: Tensor) -> tuple[float, float]:
+        values = torch.stack([(awae.discrepancy(z, share) * share).sum() for z in samples])
+        return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+    found, error = mean(drawn)
+    assert abs(found) < 3 * error < 1e-3
+    for other in (drawn * 0.5, drawn * 2, drawn + 0.5, drawn.abs(), torch.zeros_like(drawn[:2])):
+        assert mean(other)[0] > 0.01
+
+
+def test_awae_leaves_nobody_out_of_its_comparison() -> None:
+    z = torch.randn(9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    share = torch.tensor([1, 0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.float64) / 6
+    alone = z[share > 0]
+    expected = awae.discrepancy(alone, torch.full((6,), 1 / 6, dtype=torch.float64)).mean()
+    assert torch.isclose((awae.discrepancy(z, share) * share).sum(), expected, rtol=1e-12)
+    one = torch.nn.functional.one_hot(torch.tensor(3), 9).double()
+    last = (awae.discrepancy(z, one) * one).sum()
+    width = 8 * torch.tensor(awae.SCALES, dtype=torch.float64)
+    crossed = (1 + 1 / width) ** -4 * (z[3].square().sum() / (-2 * (width + 1))).exp()
+    assert torch.isclose(last, ((1 + 2 / width) ** -4 - 2 * crossed).mean(), rtol=1e-12)
+
+
+def test_awae_trains_in_one_process() -> None:
+    model = build("awae")
+    histories = as_interactions(clusters(30), M)
+    group = Group()
+    Updates(model, histories, Optimisers(model, "recommender"), "recommender", group)
+    group.size = 2
+    with pytest.raises(ValueError, match="'awae' compares the users of a batch, which 2 processes would share"):
+        Updates(model, histories, Optimisers(model, "recommender"), "recommender", group)
 
 
 # RecVAE's turns

@@ -45,7 +45,8 @@ def answers(p: Problem, action: str) -> list[Tensor]:
     h = ops.fuse_softmax(p.u, output, unweighted, lookup, p.exclude)
     squares = ops.linear_squares(p.u, output, p.items, p.offsets, p.exclude, positive=5.0)
     warp = ops.linear_warp(p.u, output, p.items, p.offsets, p.exclude)
-    found = [bag, turn.feedback, turn.logit, scores.clamp_min(-99), nll, h, squares, warp]
+    logistic = ops.linear_logistic(p.u, output, p.items, p.offsets, p.exclude)
+    found = [bag, turn.feedback, turn.logit, scores.clamp_min(-99), nll, h, squares, warp, logistic]
     sum((t.double() * (i + 1)).sum() for i, t in enumerate(found)).backward()
     gradients = [t.grad for t in p.leaves().values() if t.grad is not None]
     return [t.detach() for t in (*found, ids, turn.ids, turn.scores, *rest, *gradients)]

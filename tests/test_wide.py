@@ -219,7 +219,9 @@ def test_two_processes_by_rows_are_one(shards: int, toy: Any, toy_folder: Path, 
 
 
 def test_only_the_multinomial_loss_is_sampled() -> None:
-    with pytest.raises(ValueError, match="estimates the multinomial loss of vae, dae, recvae; got recommender='warp'"):
+    with pytest.raises(
+        ValueError, match="estimates the multinomial loss of vae, dae, recvae, awae; got recommender='warp'"
+    ):
         CFSFLConfig(recommender="warp", softmax="sampled")
     with pytest.raises(ValueError, match="negatives must be at least 1; got 0"):
         CFSFLConfig(negatives=0)

@@ -96,6 +96,8 @@ CHOICES: list[dict[str, Any]] = [
     {"action": "softmax", "mask_kept": False},
     {"recommender": "mf"},
     {"recommender": "warp"},
+    {"recommender": "cdae"},
+    {"recommender": "awae"},
     {"feedback": "scores", "steps": 2},
 ]  # fmt: skip
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cfsfl_fast.recommenders.autoencoders import DAE, GaussianVAE, MultVAE
+from cfsfl_fast.recommenders.autoencoders import CDAE, DAE, GaussianVAE, MultVAE
+from cfsfl_fast.recommenders.awae import AWAE
 from cfsfl_fast.recommenders.base import Code, Recommender
 from cfsfl_fast.recommenders.linear import MF, WARP, LinearVAE
 from cfsfl_fast.recommenders.recvae import RecVAE
@@ -28,5 +29,7 @@ RECOMMENDERS: dict[str, Callable[[int, int, int, int], Recommender]] = {
     "mf": MF,
     "warp": WARP,
     "recvae": RecVAE,
+    "cdae": CDAE,
+    "awae": AWAE,
 }
 """By the config's name; each takes n_items, hidden_dim, latent_dim, feedback_dim."""

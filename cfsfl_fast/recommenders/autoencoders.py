@@ -1,4 +1,4 @@
-"""Autoencoders with hidden layers: Mult-VAE, its Gaussian twin, and the denoising autoencoder."""
+"""Autoencoders with hidden layers: Mult-VAE, its Gaussian twin, and two denoising autoencoders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfsfl_fast.recommenders.base import (
     sampled,
     standard_normal_kl,
 )
-from cfsfl_fast.recommenders.likelihoods import weighted_squares
+from cfsfl_fast.recommenders.likelihoods import logistic, weighted_squares
 
 
 class MultVAE(Recommender):
@@ -38,7 +38,7 @@ class MultVAE(Recommender):
         mu, logvar = self.code(entered.tanh()).split(self.latent_dim, dim=1)
         return Code(self.hidden(sampled(mu, logvar, noise)).tanh(), mu, logvar)
 
-    def divergence(self, code: Code, prior: Tensor | None = None) -> Tensor:
+    def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """KL(q(z | x, v) || N(0, I)) of each user. [B]"""
         assert code.mu is not None
         assert code.logvar is not None
@@ -68,3 +68,24 @@ class DAE(Recommender):
         """The code of B users; arguments as `Recommender.forward` has them."""
         code = self.code(entered.tanh()).tanh()
         return Code(self.hidden(code).tanh())
+
+
+class CDAE(Recommender):
+    """The collaborative denoising autoencoder (Wu et al. 2016), M-Z-M: s = sigmoid(Wx^T x^ + Wv^T v^ + b) O^T + o.
+
+    Its node for each training user has no value for anybody else. Here all users share one, which is the bias b: what
+    is trained is what answers for held-out users, of whom nothing but the history is known. The loss is the logistic
+    one of every item, where Wu et al. draw some of those that the user does not have. `hidden_dim` has no part in it.
+    """
+
+    label = "CDAE"
+    likelihood = staticmethod(logistic)
+
+    def __init__(self, n_items: int, hidden_dim: int, latent_dim: int, feedback_dim: int) -> None:
+        super().__init__()
+        self.input = InputLayer(n_items, feedback_dim, latent_dim)
+        self.output = OutputLayer(n_items, latent_dim)
+
+    def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
+        """The code of B users; arguments as `Recommender.forward` has them."""
+        return Code(entered.sigmoid())

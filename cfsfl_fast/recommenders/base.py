@@ -68,6 +68,9 @@ class Recommender(nn.Module):
     samples = False
     """Whether `forward` takes noise."""
 
+    compares = False
+    """Whether `divergence` compares the users of a batch with each other, who then have to be in one process."""
+
     phase = ""
     """Which part of the recommender the epoch trains, where there are several."""
 
@@ -94,12 +97,13 @@ class Recommender(nn.Module):
         """What `divergence` has to know of whole histories, CSR rows with the entries of x^ without dropout."""
         return None
 
-    def divergence(self, code: Code, prior: Tensor | None = None) -> Tensor | None:
+    def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor | None:
         """How far q(z | x, v) is from its prior, per user [B]; None of a recommender without either.
 
         Args:
             code: of `forward`.
             prior: of `prior`.
+            share: what each user adds to a mean over users, 0 of nobody; None for all the same. [B]
         """
         return None
 
@@ -118,6 +122,8 @@ class Recommender(nn.Module):
         exclude: ops.CSR | None = None,
         kl_weight: Tensor | float = 0.0,
         prior: Tensor | None = None,
+        share: Tensor | None = None,
+        code_l1: float = 0.0,
         k: int = 0,
         state: Any = None,
         sample: Callable[..., Tensor] | None = None,
@@ -130,7 +136,8 @@ class Recommender(nn.Module):
             items, offsets: the targets as CSR rows.
             exclude: CSR rows of items that count neither as found nor as missed; none may be a target of its row.
             kl_weight: of the divergence, [B] or one number.
-            prior: as `divergence` takes it.
+            prior, share: as `divergence` takes them.
+            code_l1: of sum |mu|, where the code has a mu.
             k: length of the list; 0 for none.
             state: of `ops.loop_state`, where the loop had the same `exclude`.
             sample: (u, output, items, offsets, exclude) -> the likelihood's estimate from drawn items [B]; None takes
@@ -144,8 +151,12 @@ class Recommender(nn.Module):
         else:
             loss = sample(code.u, output, items, offsets, exclude)
             ids, scores = ops.linear_topk(code.u, output, k, exclude, state)
-        divergence = self.divergence(code, prior)
-        return loss if divergence is None else loss + kl_weight * divergence, ids, scores
+        divergence = self.divergence(code, prior, share)
+        if divergence is not None:
+            loss = loss + kl_weight * divergence
+        if code_l1 and code.mu is not None:
+            loss = loss + code_l1 * code.mu.abs().sum(1)
+        return loss, ids, scores
 
 
 def standard_normal_kl(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -27,6 +27,14 @@ def weighted_squares(
     return loss, *ops.linear_topk(u, output, k, exclude, state)
 
 
+def logistic(
+    u: Tensor, output: ops.Table, items: Tensor, offsets: Tensor, exclude: ops.CSR | None, k: int, state: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_j softplus(s_j) - sum_{j in x} s_j: of every item, whether the user has it."""
+    loss = ops.linear_logistic(u, output, items, offsets, exclude)
+    return loss, *ops.linear_topk(u, output, k, exclude, state)
+
+
 def rank_weighted(
     u: Tensor, output: ops.Table, items: Tensor, offsets: Tensor, exclude: ops.CSR | None, k: int, state: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ class LinearVAE(Recommender):
         mu, logvar = entered.split(self.latent_dim, dim=1)
         return Code(sampled(mu, logvar, noise), mu, logvar)
 
-    def divergence(self, code: Code, prior: Tensor | None = None) -> Tensor:
+    def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """KL(q(z | x, v) || N(0, I)) of each user. [B]"""
         assert code.mu is not None
         assert code.logvar is not None

@@ -77,7 +77,7 @@ class RecVAE(Recommender):
         found: Tensor = self.old_encoder(p)
         return found
 
-    def divergence(self, code: Code, prior: Tensor | None = None) -> Tensor:
+    def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """log q(z | x, v) - log p(z) of the drawn z, an estimate of the KL term, of each user. [B]"""
         assert code.mu is not None
         assert code.logvar is not None
