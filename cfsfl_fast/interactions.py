@@ -125,6 +125,15 @@ class Interactions:
         rows, items = torch.cat([x.rows for x in both]), torch.cat([x.items for x in both])
         return from_pairs(rows, items, len(self), self.n_items)
 
+    def among(self, candidates: Tensor) -> Interactions:
+        """The rows as positions in the ascending `candidates`; other items leave."""
+        x = self.exact()
+        if len(candidates) == 0:
+            return Interactions(x.items[:0], torch.zeros_like(x.offsets), 0)
+        place = torch.searchsorted(candidates, x.items).clamp_max(len(candidates) - 1)
+        kept = x.where(candidates[place] == x.items)
+        return Interactions(torch.searchsorted(candidates, kept.items), kept.offsets, len(candidates))
+
     def to(self, device: torch.device | str) -> Interactions:
         """The same rows on a device."""
         return Interactions(self.items.to(device), self.offsets.to(device), self.n_items, self.fixed)
@@ -185,6 +194,43 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
         f"histories must be [B, {n_items}], a scipy sparse matrix, a torch tensor or a NumPy array, or a pair "
         f"(items, offsets); got {type(x).__name__}{shape}{hint}"
     )
+
+
+def item_vector(ids: Any, n_items: int, name: str) -> Tensor:
+    """A vector of item ids in range, int64 on the CPU.
+
+    Raises:
+        TypeError, ValueError: it is none; the message says `name`.
+    """
+    try:
+        vector = torch.as_tensor(sorted(ids) if isinstance(ids, (set, frozenset, range)) else ids).cpu()
+    except (RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be a vector of item ids: {error}") from None
+    if vector.numel() == 0:
+        return torch.empty(0, dtype=torch.int64)
+    integers = not (vector.is_floating_point() or vector.is_complex() or vector.dtype == torch.bool)
+    if vector.dim() != 1 or not integers:
+        raise ValueError(f"{name} must be a vector of item ids; got {vector.dtype} of shape {tuple(vector.shape)}")
+    worst = int(vector.min()) if int(vector.min()) < 0 else int(vector.max())
+    if not 0 <= worst < n_items:
+        raise ValueError(f"{name} must hold item ids from 0 to {n_items - 1}; got {worst}")
+    return vector.long()
+
+
+def left_out_rows(exclude: Any, n_users: int, n_items: int) -> Interactions:
+    """Items that are not to be recommended: ids for all users, or a row per user in any form of `as_interactions`.
+
+    Raises:
+        TypeError, ValueError: as in `item_vector` and `as_interactions`, and of rows for another number of users.
+    """
+    shape = getattr(exclude, "shape", None)
+    if isinstance(exclude, (list, set, frozenset, range)) or (shape is not None and len(shape) == 1):
+        ids = item_vector(exclude, n_items, "exclude").unique()
+        return Interactions(ids.repeat(n_users), torch.arange(n_users + 1) * len(ids), n_items)
+    rows = as_interactions(exclude, n_items)
+    if len(rows) != n_users:
+        raise ValueError(f"exclude must have a row per user, {n_users}; got {len(rows)}")
+    return rows
 
 
 def _numbers(values: np.ndarray) -> Tensor:

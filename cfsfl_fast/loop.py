@@ -16,12 +16,20 @@ ALL_INPUTS = "history,list,reward"
 """Of the feedback generator."""
 
 
-class Unrolled(NamedTuple):
-    """T turns of the loop and the recommender's pass after the last."""
+class Loop(NamedTuple):
+    """What a pass through the loop gives, and the tables it looked up."""
 
-    codes: list[Code]  # of every pass, t = 0 .. T
+    codes: list[Code]  # of the recommender's passes t = 0 .. T
     turns: list[ops.FeedbackStep]  # t = 0 .. T - 1
-    state: Any  # of ops.loop_state, for operations on the last code
+    state: Any  # of ops.loop_state, for operations on the code with the same output layer and exclude
+    output: ops.Table
+    lookup: ops.Table
+    hx: Tensor  # [B, D]
+
+    @property
+    def code(self) -> Code:
+        """Of the pass after the last step."""
+        return self.codes[-1]
 
 
 def unroll(
@@ -39,7 +47,7 @@ def unroll(
     noise: Callable[[int], Tensor] | None = None,
     through_time: bool = True,
     inputs: str = ALL_INPUTS,
-) -> Unrolled:
+) -> Loop:
     """T steps of recommender and virtual user, T + 1 passes of the recommender; v^0 = 0.
 
     Args:
@@ -71,7 +79,7 @@ def unroll(
             turn = turn._replace(feedback=v, following=ops.follow(v, *following))
         codes.append(recommender(turn.following, noise and noise(t + 1)))
         turns.append(turn)
-    return Unrolled(codes, turns, state)
+    return Loop(codes, turns, state, output, lookup, hx)
 
 
 def _seen(

@@ -17,11 +17,11 @@ from cfsfl_fast import backends, checkpoint, item_rows, judging, ops, resharding
 from cfsfl_fast.config import MOST_STEPS, CFSFLConfig, whole
 from cfsfl_fast.distributed import Mesh
 from cfsfl_fast.graphs import Graphs, capacity
-from cfsfl_fast.interactions import Interactions, as_interactions
-from cfsfl_fast.loop import unroll
+from cfsfl_fast.interactions import Interactions, as_interactions, item_vector, left_out_rows
+from cfsfl_fast.loop import Loop, unroll
 from cfsfl_fast.memory import N_EVIDENCE, ItemMemory
 from cfsfl_fast.numerics import PRECISIONS, numerics
-from cfsfl_fast.recommenders import RECOMMENDERS, Code
+from cfsfl_fast.recommenders import RECOMMENDERS
 from cfsfl_fast.scarcity import Batches
 from cfsfl_fast.sharded import Shard
 from cfsfl_fast.virtual_user import (
@@ -53,22 +53,6 @@ BATCH = 512
 
 MARGIN = 32
 """Items beyond those asked for that `recommend(rescore=True)` scores again."""
-
-
-class Loop(NamedTuple):
-    """What a pass through the loop gives, and the tables it looked up."""
-
-    codes: list[Code]  # of the recommender's passes t = 0 .. T
-    turns: list[ops.FeedbackStep]  # t = 0 .. T - 1
-    state: Any  # of ops.loop_state, for operations on the code with the same output layer and exclude
-    output: ops.Table
-    lookup: ops.Table
-    hx: Tensor  # [B, D]
-
-    @property
-    def code(self) -> Code:
-        """Of the pass after the last step."""
-        return self.codes[-1]
 
 
 class Trace(NamedTuple):
@@ -309,11 +293,12 @@ class CFSFL(nn.Module):
             OutOfMemoryError: the device has no memory for ROWS users.
         """
         n, batch_size = whole("n", n, 0), whole("batch_size", batch_size, 1)
+        histories = as_interactions(x, self.n_items, self.device)
+        left_out = None if exclude is None else left_out_rows(exclude, len(histories), self.n_items).to(self.device)
+        listed = None
         if candidates is not None:
             self._need_whole("candidates")
-        histories = as_interactions(x, self.n_items, self.device)
-        left_out = self._left_out(exclude, len(histories))
-        listed = None if candidates is None else _ids(candidates, self.n_items, "candidates").to(self.device).unique()
+            listed = item_vector(candidates, self.n_items, "candidates").to(self.device).unique()
 
         def answer(some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             others = None if left_out is None else left_out.take(some)
@@ -356,7 +341,7 @@ class CFSFL(nn.Module):
             exclude = exclude.padded(len(history))
             shut = exclude if shut is None else shut.union(exclude)
         if candidates is not None and shut is not None:
-            shut = _among(shut.exact(), candidates)
+            shut = shut.among(candidates)
         n_listed = self.n_items if candidates is None else len(candidates)
         k, rescore = min(n, n_listed), rescore and self.precision != "fp32"
 
@@ -521,7 +506,7 @@ class CFSFL(nn.Module):
         output, lookup = self.output_table(), ops.Table(self.lookup.weight)
         hoisted = self.recommender.hoist(*encoded.csr, weights)
         hx = ops.row_bag(lookup, *seen.csr, seen.mean_weights())
-        codes, turns, state = unroll(
+        return unroll(
             self.recommender,
             self.user,
             hoisted,
@@ -536,20 +521,6 @@ class CFSFL(nn.Module):
             through_time=self.config.gradient_through_time,
             inputs=self.config.feedback_inputs,
         )
-        return Loop(codes, turns, state, output, lookup, hx)
-
-    def _left_out(self, exclude: Any, n_users: int) -> Interactions | None:
-        if exclude is None:
-            return None
-        shape = getattr(exclude, "shape", None)
-        if isinstance(exclude, (list, set, frozenset, range)) or (shape is not None and len(shape) == 1):
-            ids = _ids(exclude, self.n_items, "exclude").unique()
-            offsets = torch.arange(n_users + 1) * len(ids)
-            return Interactions(ids.repeat(n_users), offsets, self.n_items).to(self.device)
-        rows = as_interactions(exclude, self.n_items, self.device)
-        if len(rows) != n_users:
-            raise ValueError(f"exclude must have a row per user, {n_users}; got {len(rows)}")
-        return rows
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, model.safetensors, item_ids.npy and memory.safetensors to a folder, whole or not at all;
@@ -619,29 +590,3 @@ class CFSFL(nn.Module):
         """
         if self.memory is not None:
             self.memory.restore(tensors)
-
-
-def _ids(ids: Any, n_items: int, name: str) -> Tensor:
-    """A vector of item ids in range, int64 on the CPU."""
-    try:
-        vector = torch.as_tensor(sorted(ids) if isinstance(ids, (set, frozenset, range)) else ids).cpu()
-    except (RuntimeError, OverflowError) as error:
-        raise TypeError(f"{name} must be a vector of item ids: {error}") from None
-    if vector.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
-    integers = not (vector.is_floating_point() or vector.is_complex() or vector.dtype == torch.bool)
-    if vector.dim() != 1 or not integers:
-        raise ValueError(f"{name} must be a vector of item ids; got {vector.dtype} of shape {tuple(vector.shape)}")
-    worst = int(vector.min()) if int(vector.min()) < 0 else int(vector.max())
-    if not 0 <= worst < n_items:
-        raise ValueError(f"{name} must hold item ids from 0 to {n_items - 1}; got {worst}")
-    return vector.long()
-
-
-def _among(x: Interactions, candidates: Tensor) -> Interactions:
-    """The rows of x as positions in the ascending `candidates`; other items leave."""
-    if len(candidates) == 0:
-        return Interactions(x.items[:0], torch.zeros_like(x.offsets), 0)
-    place = torch.searchsorted(candidates, x.items).clamp_max(len(candidates) - 1)
-    kept = x.where(candidates[place] == x.items)
-    return Interactions(torch.searchsorted(candidates, kept.items), kept.offsets, len(candidates))

@@ -760,4 +760,9 @@ def test_kernels(name: str, data: st.DataObject) -> None:
             if isinstance(one, torch.Tensor) and name != "linear_nll_backward" and "scores" not in altered:
                 assert torch.allclose(one.double(), two.double(), atol=1e-4, rtol=1e-4, equal_nan=True)
 
-    attempt(f"kernels: {name}", lambda: getattr(cpp, name)(*chosen), check, RuntimeError, IndexError, AttributeError)
+    def call() -> Any:
+        if "offsets" in KERNELS[name]:  # as the border does, before any implementation
+            library.without_room(arguments["items"], arguments["offsets"])
+        return getattr(cpp, name)(*chosen)
+
+    attempt(f"kernels: {name}", call, check, RuntimeError, IndexError, AttributeError)

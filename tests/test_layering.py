@@ -81,7 +81,7 @@ def imports(path: Path) -> set[str]:
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
 MEMBERS = [
     path
-    for package in ("adapters", "baselines", "cli", "recommenders")
+    for package in ("adapters", "baselines", "cli", "ops", "recommenders")
     for path in sorted((PACKAGE / package).glob("*.py"))
 ]
 
