@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ class Interactions:
     fixed: shapes do not depend on what the rows hold, and nothing here waits for the device. Then E is a capacity: what
     stands behind offsets[-1] is room, entries that belong to nobody and hold M; values per entry are 0 there, and a
     selection has the same E.
+
+    Rows that `as_interactions(..., as_stored=True)` gives hold items as int32 where their matrix does: they are for
+    `take`, whose answer has int64.
     """
 
     items: Tensor
@@ -83,10 +87,10 @@ class Interactions:
         place = torch.arange(n_entries, device=offsets.device)
         source = place + _repeated(F.pad(first - offsets[:-1], (0, 1)), offsets, n_entries)
         if capacity is None:
-            return Interactions(self.items[source], offsets, self.n_items)
+            return Interactions(self.items[source].long(), offsets, self.n_items)
         if len(self.items) == 0:
             return Interactions(torch.full_like(source, self.n_items), offsets, self.n_items, fixed=True)
-        items = self.items[source.clamp_max_(len(self.items) - 1)]
+        items = self.items[source.clamp_max_(len(self.items) - 1)].long()
         return Interactions(items.where(place < offsets[-1], self.n_items), offsets, self.n_items, fixed=True)
 
     def where(self, keep: Tensor) -> Interactions:
@@ -154,7 +158,9 @@ def from_pairs(rows: Tensor, items: Tensor, n_users: int, n_items: int) -> Inter
     return Interactions(items, offsets, n_items)
 
 
-def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") -> Interactions:
+def as_interactions(
+    x: Any, n_items: int, device: torch.device | str = "cpu", *, as_stored: bool = False
+) -> Interactions:
     """Histories in any of the accepted forms, as checked CSR rows on a device.
 
     Args:
@@ -162,6 +168,8 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
             [B, M], an entry > 0 meaning that the user has the item; or a pair (items [E], offsets [B + 1]).
         n_items: M.
         device: where the rows go.
+        as_stored: of a CSR matrix with nothing to repair, keep the indices as they are, int32 or mapped from a file; on
+            a CPU without a copy. The rows are then for `take`.
 
     Raises:
         TypeError: x is none of these, or its entries are no real numbers.
@@ -187,7 +195,7 @@ def as_interactions(x: Any, n_items: int, device: torch.device | str = "cpu") ->
         return _from_triplets(rows, items, dense[rows, items], x.shape[0], n_items).to(device)
     if sp.issparse(x):
         _check_width(x.shape, n_items)
-        return _from_scipy(x, n_items).to(device)
+        return _from_scipy(x, n_items, as_stored).to(device)
     shape = f" of shape {x.shape}" if hasattr(x, "shape") else ""
     hint = "; scipy.sparse.csr_matrix((values, (users, items))) makes a matrix of columns" if shape else ""
     raise TypeError(
@@ -268,16 +276,24 @@ def _sound_matrix(x: Any) -> Any:
         raise ValueError(f"histories are a damaged {x.format} matrix: {error}") from None
 
 
-def _from_scipy(x: Any, n_items: int) -> Interactions:
+def _from_scipy(x: Any, n_items: int, as_stored: bool) -> Interactions:
     csr = _sound_matrix(x).tocsr()
-    values = _numbers(csr.data)
+    values = _numbers(csr.data[:1] if csr.data.strides == (0,) else csr.data)  # one number, for all entries
     if csr.has_canonical_format and bool((values > 0).all()) and bool(values.isfinite().all()):
-        items, offsets = (torch.from_numpy(ids.astype(np.int64)) for ids in (csr.indices, csr.indptr))
+        offsets = torch.from_numpy(csr.indptr.astype(np.int64))
+        items = _readable(csr.indices) if as_stored else torch.from_numpy(csr.indices.astype(np.int64))
         _check_range(items, n_items)
         return Interactions(items, offsets, n_items)
     coo = csr.tocoo()
     rows, items = (torch.from_numpy(ids.astype(np.int64)) for ids in (coo.row, coo.col))
-    return _from_triplets(rows, items, values, x.shape[0], n_items)
+    return _from_triplets(rows, items, values.expand(len(rows)), x.shape[0], n_items)
+
+
+def _readable(ids: np.ndarray) -> Tensor:
+    """A vector over the same memory. torch warns of memory that cannot be written to; nobody writes to histories."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(ids)
 
 
 def _check_width(shape: Any, n_items: int) -> None:

@@ -86,7 +86,7 @@ class Run(Trainer):
         shard = Shard(self.mesh.items, data.n_items) if shards > 1 else None
         model = fresh_model(data.n_items, config, device=device, shard=shard, **run_time)
         model.item_ids = data.item_ids
-        histories = as_interactions(data.train, data.n_items, model.device)
+        histories = as_interactions(data.train, data.n_items, model.device, as_stored=True)
         super().__init__(
             model,
             histories,
@@ -240,7 +240,7 @@ class Run(Trainer):
 
     def _shape(self) -> list[int]:
         train = self.data.train
-        return [*train.shape, int(train.nnz), int(np.asarray(train.indices, dtype=np.int64).sum())]
+        return [*train.shape, int(train.nnz), int(train.indices.sum(dtype=np.int64))]
 
     def _resume(self) -> None:
         self.mesh.everyone.first(lambda: files.remove_staged(self.out))

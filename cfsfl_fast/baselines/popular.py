@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cfsfl_fast import ops
 from cfsfl_fast.baselines.fitted import Fitted
+from cfsfl_fast.datasets.dataset import item_counts
 from cfsfl_fast.interactions import Interactions
 
 
@@ -23,8 +23,7 @@ class MostPopular(Fitted):
     label = "most popular"
 
     def __init__(self, train: Any, *, show_progress: bool = False) -> None:
-        counts = np.bincount(train.indices, minlength=train.shape[1])
-        self.weight = torch.from_numpy(counts).float()[:, None]
+        self.weight = torch.from_numpy(item_counts(train)).float()[:, None]
 
     def recommend(self, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
         """ids [B, n] and their training users [B, n], the user's own items left out; padded with -1 and -inf."""

@@ -17,7 +17,9 @@ from cfsfl_fast.datasets import (
     prepare,
     save_dataset,
     split_events,
+    synthetic_blocks,
     synthetic_dataset,
+    write_columns,
 )
 from cfsfl_fast.datasets import PRESETS as PROTOCOLS
 from cfsfl_fast.datasets.device_generator import SHAPES, synthetic_csr
@@ -42,6 +44,11 @@ def _column(text: str | None) -> str | int | None:
 @click.option("--rating-column", help="Of ratings.")
 @click.option("--delimiter", help="Between columns.")
 @click.option("--header/--no-header", default=None, help="Whether the first line names the columns.")
+@click.option(
+    "--on-disk/--in-memory",
+    default=None,
+    help="Sort events on OUT's disk, in a gigabyte of memory [default: where SOURCE has 256 MB or more].",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a prepared folder.")
 def prepare_command(
     source: Path,
@@ -53,6 +60,7 @@ def prepare_command(
     rating_column: str | None,
     delimiter: str | None,
     header: bool | None,
+    on_disk: bool | None,
     overwrite: bool,
     **options: Any,
 ) -> None:
@@ -71,6 +79,7 @@ def prepare_command(
         rating_column=_column(rating_column),
         delimiter=delimiter,
         header=header,
+        on_disk=on_disk,
         overwrite=overwrite,
     )
     click.echo(data.describe())
@@ -83,6 +92,7 @@ def prepare_command(
 @click.option("--events-per-user", default=40.0, help="Items of a user, on average.")
 @click.option("--preset", type=click.Choice(sorted(SHAPES)), help="A published set's sizes instead.")
 @click.option("--seed", default=0, help="Of the data.")
+@click.option("--raw", is_flag=True, help="Write the events as arrays, for `prepare`, as they come.")
 @device_option
 @click.option("--overwrite", is_flag=True, help="Replace a prepared folder.")
 def generate(
@@ -92,10 +102,17 @@ def generate(
     events_per_user: float,
     preset: str | None,
     seed: int,
+    raw: bool,
     device: str,
     overwrite: bool,
 ) -> None:
     """Make a realistic data set: long tails, latent structure. With --preset on a GPU where there is one."""
+    if raw and preset:
+        raise ValueError(f"--raw makes events of --users and --items; got --preset {preset}")
+    if raw:
+        blocks = synthetic_blocks(users, items, events_per_user=events_per_user, seed=seed)
+        click.echo(f"{write_columns(out, blocks, overwrite=overwrite):,} events of {users:,} users and {items:,} items")
+        return
     if preset is None:
         data = synthetic_dataset(users, items, events_per_user=events_per_user, seed=seed)
     else:

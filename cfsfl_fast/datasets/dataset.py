@@ -8,6 +8,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_BLOCK = 1 << 20
+"""Events that are looked at together, where all of them may be more than memory holds."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Dataset:
         """A table to read: sizes, density, how events spread over users and items, and the held-out users."""
         train = self.train
         per_user = np.diff(train.indptr)
-        per_item = np.bincount(train.indices, minlength=self.n_items)
+        per_item = item_counts(train)
         density = train.nnz / max(self.n_users * self.n_items, 1)
         lines = [
             f"{self.name}: {self.n_users:,} training users x {self.n_items:,} items, {train.nnz:,} events, "
@@ -134,17 +136,13 @@ class Dataset:
         return "\n".join(lines)
 
 
-def binary_csr(
-    indices: NDArray[Any], indptr: NDArray[Any], n_items: int, ones: NDArray[np.float32] | None = None
-) -> sp.csr_matrix:
+def binary_csr(indices: NDArray[Any], indptr: NDArray[Any], n_items: int) -> sp.csr_matrix:
     """A CSR of ones [len(indptr) - 1, n_items] over sorted rows, without copying `indices`.
 
-    Args:
-        ones: read-only ones to share between matrices, at least as many as events; made where not given.
+    The ones are one number in memory, read-only.
     """
-    if ones is None:
-        ones = np.ones(len(indices), np.float32)
-    matrix = sp.csr_matrix((ones[: len(indices)], indices, indptr), shape=(len(indptr) - 1, n_items), copy=False)
+    ones = np.broadcast_to(np.float32(1), len(indices))
+    matrix = sp.csr_matrix((ones, indices, indptr), shape=(len(indptr) - 1, n_items), copy=False)
     matrix.has_sorted_indices = True
     matrix.has_canonical_format = True
     return matrix
@@ -156,6 +154,14 @@ def pairs_to_csr(rows: NDArray[Any], columns: NDArray[Any], shape: tuple[int, in
     matrix.sort_indices()
     matrix.data.fill(1.0)
     return matrix
+
+
+def item_counts(matrix: sp.csr_matrix) -> NDArray[np.int64]:
+    """Users of every item, without a copy of the indices. [M]"""
+    counts = np.zeros(matrix.shape[1], np.int64)
+    for begin in range(0, matrix.nnz, _BLOCK):
+        counts += np.bincount(matrix.indices[begin : begin + _BLOCK], minlength=matrix.shape[1])
+    return counts
 
 
 def check_counts(name: str, claimed: int, held: int, what: str, by: str) -> None:
@@ -185,13 +191,16 @@ def check_matrix(matrix: sp.csr_matrix, n_items: int, name: str) -> None:
 
 
 def _check_rows(matrix: sp.csr_matrix, name: str) -> None:
-    rising = np.diff(matrix.indices) > 0
     starts = matrix.indptr[1:-1]
-    rising[starts[(starts > 0) & (starts < matrix.nnz)] - 1] = True  # a new row may start lower
-    if not rising.all():
-        row = int(np.searchsorted(matrix.indptr, np.argmin(rising), side="right")) - 1
-        raise ValueError(f"{name}: row {row} is not ascending or names an item twice")
-    if not (matrix.data == 1).all():
+    for begin in range(0, matrix.nnz - 1, _BLOCK):
+        rising = np.diff(matrix.indices[begin : begin + _BLOCK + 1]) > 0
+        low, high = np.searchsorted(starts, (begin + 1, begin + len(rising) + 1))
+        rising[starts[low:high] - begin - 1] = True  # a new row may start lower
+        if not rising.all():
+            row = int(np.searchsorted(matrix.indptr, begin + np.argmin(rising), side="right")) - 1
+            raise ValueError(f"{name}: row {row} is not ascending or names an item twice")
+    values = matrix.data[:1] if matrix.data.strides == (0,) else matrix.data
+    if not (values == 1).all():
         raise ValueError(f"{name}: expected ones; found other values")
 
 

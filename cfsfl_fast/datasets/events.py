@@ -61,7 +61,7 @@ def collect(chunks: Iterable[Chunk], name: str, explicit_zeros: int = 0) -> Even
     del ratings
     user_ids, user_codes = users.finish()
     item_ids, item_codes = items.finish()
-    keep = _first_of_each(user_codes, item_codes, len(item_ids))
+    keep = first_of_each(user_codes, item_codes, len(item_ids))
     report = {"events_read": n_read, "duplicates": 0, "explicit_zeros": explicit_zeros}
     if keep is not None:
         report["duplicates"] = n_read - len(keep)
@@ -79,7 +79,7 @@ def encode(ids: Ids) -> tuple[Ids, NDArray[np.int32]]:
     return encoder.finish()
 
 
-def _first_of_each(users: NDArray[np.int32], items: NDArray[np.int32], n_items: int) -> NDArray[np.int64] | None:
+def first_of_each(users: NDArray[np.int32], items: NDArray[np.int32], n_items: int) -> NDArray[np.int64] | None:
     """Positions of the first event of every pair, ascending, or None where every pair is there once."""
     pairs = users.astype(np.int64)
     pairs *= n_items
@@ -118,27 +118,40 @@ class _Encoder:
     def finish(self) -> tuple[Ids, NDArray[np.int32]]:
         if not self._is_text:
             return _encode_integers(self._integers)
-        found = [text.decode() for text in self._code_of]
-        longest = max(found, key=len, default="")
-        if (size := 4 * len(longest) * len(found)) > max(1 << 28, 256 * sum(map(len, found))):
-            raise ValueError(
-                f"{len(found):,} identifiers would take {size:,} bytes, as the longest of them has {len(longest)} "
-                f"characters: {longest[:60]!r}..."
-            )
-        texts = np.array(found, dtype=np.str_)
-        order = np.argsort(texts, kind="stable")
-        rank = np.empty(len(order), np.int32)
-        rank[order] = np.arange(len(order), dtype=np.int32)
-        return texts[order], rank[np.concatenate(self._codes)]
+        texts, rank = ranked_texts(self._code_of)
+        return texts, rank[np.concatenate(self._codes)]
 
     def _add_text(self, ids: Ids) -> None:
-        if len(ids) == 0:
-            return
-        heads = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))  # files are often grouped by user
-        distinct, inverse = _distinct(ids[heads])
-        code_of = self._code_of
-        codes = np.array([code_of.setdefault(text, len(code_of)) for text in distinct.tolist()], np.int32)
-        self._codes.append(np.repeat(codes[inverse], np.diff(heads, append=len(ids))))
+        if len(ids):
+            self._codes.append(text_codes(ids, self._code_of))
+
+
+def text_codes(ids: Ids, code_of: dict[bytes, int]) -> NDArray[np.int32]:
+    """The code of every text in a dictionary, which new ones enter. ids bytes_ [n > 0] -> [n]"""
+    heads = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))  # files are often grouped by user
+    distinct, inverse = _distinct(ids[heads])
+    codes = np.array([code_of.setdefault(text, len(code_of)) for text in distinct.tolist()], np.int32)
+    return np.repeat(codes[inverse], np.diff(heads, append=len(ids)))
+
+
+def ranked_texts(code_of: dict[bytes, int]) -> tuple[Ids, NDArray[np.int32]]:
+    """The texts of a dictionary as str in order of code points, and the place of every code among them.
+
+    Raises:
+        ValueError: as an array they would take absurdly more memory than they are long.
+    """
+    found = [text.decode() for text in code_of]
+    longest = max(found, key=len, default="")
+    if (size := 4 * len(longest) * len(found)) > max(1 << 28, 256 * sum(map(len, found))):
+        raise ValueError(
+            f"{len(found):,} identifiers would take {size:,} bytes, as the longest of them has {len(longest)} "
+            f"characters: {longest[:60]!r}..."
+        )
+    texts = np.array(found, dtype=np.str_)
+    order = np.argsort(texts, kind="stable")
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    return texts[order], rank
 
 
 def _distinct(texts: Ids) -> tuple[Ids, NDArray[Any]]:
@@ -161,10 +174,15 @@ def _encode_integers(parts: list[NDArray[Any]]) -> tuple[Ids, NDArray[np.int32]]
     """Distinct values ascending as int64, codes int32; by a table where the values lie close together."""
     values = np.concatenate(parts) if parts else np.empty(0, np.int64)
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, -1)
-    if high - low < max(_DENSE_RANGE * len(values), 1 << 16):
+    if lie_close(low, high, len(values)):
         present = np.zeros(high - low + 1, np.bool_)
         present[values - low] = True
         code = np.cumsum(present, dtype=np.int32) - np.int32(1)
         return np.flatnonzero(present).astype(np.int64) + low, code[values - low]
     distinct, inverse = np.unique(values, return_inverse=True)
     return distinct.astype(np.int64), inverse.astype(np.int32)
+
+
+def lie_close(low: int, high: int, n: int) -> bool:
+    """Whether n integers from low to high are few gaps, so that a table of all between takes little memory."""
+    return high - low < max(_DENSE_RANGE * n, 1 << 16)

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from cfsfl_fast import arrays as stored
 from cfsfl_fast import files
+from cfsfl_fast.datasets.buckets import BUCKET_EVENTS, split_chunks
 from cfsfl_fast.datasets.dataset import Dataset, HeldOut, binary_csr, check_matrix
 from cfsfl_fast.datasets.matrices import Compact, npz_format
 from cfsfl_fast.datasets.protocol import Protocol, split_events
-from cfsfl_fast.datasets.readers import Columns, events_of, find_source
+from cfsfl_fast.datasets.readers import STREAMED, Columns, Source, chunks_of, events_of, find_source
 from cfsfl_fast.datasets.sources import is_zip
 from cfsfl_fast.datasets.splits import read_split
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1 had no checksums
 MANIFEST = "dataset.json"
+ON_DISK_BYTES = 1 << 28
+"""Larger sources are sorted on disk, where nobody says otherwise: in memory they would take ten times as much."""
+
 _MATRICES = ("train", "validation_fold_in", "validation_targets", "test_fold_in", "test_targets")
 _IDS = ("item_ids", "train_user_ids", "validation_user_ids", "test_user_ids")
 _ARRAYS = _IDS + tuple(f"{name}_{part}" for name in _MATRICES for part in ("indptr", "indices"))
@@ -86,11 +90,16 @@ def prepare(
     header: bool | None = None,
     show_progress: bool = True,
     overwrite: bool = False,
+    on_disk: bool | None = None,
+    bucket_events: int = BUCKET_EVENTS,
 ) -> Dataset:
     """Reads raw data, applies the protocol and writes the folder `out`, all of it or nothing.
 
     Args:
         out: a new or empty folder; with `overwrite` also a prepared data set.
+        on_disk: sort events on the disk that `out` is on, in bounded memory (`buckets`), or in memory; the answer is
+            the same. None sorts sources of ON_DISK_BYTES and more on disk, where their format is read block by block.
+        bucket_events: events that are sorted at once on disk.
         the others: as in `load_source`.
 
     Returns:
@@ -98,10 +107,19 @@ def prepare(
 
     Raises:
         FileExistsError: `out` holds something that must not be replaced; found out before anything is read.
-        FileNotFoundError, ValueError, ImportError: as in `load_source`.
+        FileNotFoundError, ValueError, ImportError: as in `load_source`; or `on_disk` is asked for, and the source is a
+            matrix or split already.
     """
     out = Path(out)
     _check_replaceable(out, overwrite)
+    columns = Columns(user_column, item_column, rating_column, delimiter, header)
+    found = find_source(source, format, columns)
+    if on_disk is None:
+        on_disk = found.format in STREAMED and sum(file.size for file in found.files) >= ON_DISK_BYTES
+    if on_disk:
+        chosen = Protocol.preset(protocol) if isinstance(protocol, str) else protocol or Protocol.preset("none")
+        _prepare_on_disk(found, columns, chosen, out, show_progress, overwrite, bucket_events)
+        return open_dataset(out)
     dataset = load_source(
         source,
         protocol=protocol,
@@ -117,6 +135,27 @@ def prepare(
     return open_dataset(out)
 
 
+def _prepare_on_disk(
+    found: Source,
+    columns: Columns,
+    protocol: Protocol,
+    out: Path,
+    show_progress: bool,
+    overwrite: bool,
+    bucket_events: int,
+) -> None:
+    if found.format in ("split", "scipy", "compact"):
+        raise ValueError(f"{found.path.name}: of format {found.format!r}, which is read whole and not sorted on disk")
+    out = out.resolve()
+    with files.replacing_folder(out) as partial:
+        scratch = partial.parent / "events"  # in the folder that is removed in the end, or after a kill
+        scratch.mkdir()
+        chunks = chunks_of(found, columns, show_progress)
+        dataset = split_chunks(chunks, protocol, found.name, scratch, bucket_events=bucket_events)
+        _write(_with_origin(dataset, found.path.name, found.format, protocol), partial)
+        _check_replaceable(out, overwrite)  # again: somebody may have written there meanwhile
+
+
 def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) -> None:
     """Writes a data set to the folder `out` through a temporary sibling and a rename.
 
@@ -126,22 +165,26 @@ def save_dataset(dataset: Dataset, out: str | Path, *, overwrite: bool = False) 
     out = Path(out).resolve()
     _check_replaceable(out, overwrite)
     with files.replacing_folder(out) as partial:
-        arrays: dict[str, dict[str, Any]] = {}
-        for name, array in _arrays(dataset).items():
-            path = partial / f"{name}.npy"
-            stored.write_npy(path, array)
-            files.sync(path)
-            arrays[name] = {**_kind(array), "sha256": _checksum(array)}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "name": dataset.name,
-            "n_items": dataset.n_items,
-            "report": dataset.report,
-            "arrays": arrays,
-        }
-        manifest["sha256"] = _manifest_checksum(manifest)
-        files.write_bytes(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
+        _write(dataset, partial)
         _check_replaceable(out, overwrite)  # again: somebody may have written there meanwhile
+
+
+def _write(dataset: Dataset, folder: Path) -> None:
+    arrays: dict[str, dict[str, Any]] = {}
+    for name, array in _arrays(dataset).items():
+        path = folder / f"{name}.npy"
+        stored.write_npy(path, array)
+        files.sync(path)
+        arrays[name] = {**_kind(array), "sha256": _checksum(array)}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": dataset.name,
+        "n_items": dataset.n_items,
+        "report": dataset.report,
+        "arrays": arrays,
+    }
+    manifest["sha256"] = _manifest_checksum(manifest)
+    files.write_bytes(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def open_dataset(path: str | Path, *, verify: bool = False) -> Dataset:
@@ -178,10 +221,7 @@ def _open_folder(path: Path, verify: bool) -> Dataset:
     n_items = manifest["n_items"]
     if len(arrays["item_ids"]) != n_items:
         raise ValueError(f"{path / 'item_ids.npy'}: expected {n_items} ids; found {len(arrays['item_ids'])}")
-    largest = max(len(arrays[f"{name}_indices"]) for name in _MATRICES)
-    ones = np.ones(largest, np.float32)
-    ones.flags.writeable = False  # five matrices share it
-    matrices = {name: _open_matrix(path, name, arrays, n_items, ones) for name in _MATRICES}
+    matrices = {name: _open_matrix(path, name, arrays, n_items) for name in _MATRICES}
     rows = {"train": "train", "validation_fold_in": "validation", "test_fold_in": "test"}
     rows |= {"validation_targets": "validation", "test_targets": "test"}
     for name, users in rows.items():
@@ -216,8 +256,8 @@ def _arrays(dataset: Dataset) -> dict[str, NDArray[Any]]:
     for name, matrix in dataset.matrices().items():
         if not matrix.has_sorted_indices:
             matrix = matrix.sorted_indices()
-        arrays[f"{name}_indptr"] = matrix.indptr.astype(np.int64)
-        arrays[f"{name}_indices"] = matrix.indices.astype(np.int32)
+        arrays[f"{name}_indptr"] = matrix.indptr.astype(np.int64, copy=False)
+        arrays[f"{name}_indices"] = matrix.indices.astype(np.int32, copy=False)
     return arrays
 
 
@@ -290,15 +330,13 @@ def _manifest_checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _open_matrix(
-    folder: Path, name: str, arrays: dict[str, NDArray[Any]], n_items: int, ones: NDArray[np.float32]
-) -> sp.csr_matrix:
+def _open_matrix(folder: Path, name: str, arrays: dict[str, NDArray[Any]], n_items: int) -> sp.csr_matrix:
     indptr, indices = arrays[f"{name}_indptr"], arrays[f"{name}_indices"]
     where = str(folder / f"{name}_indptr.npy")
     if len(indptr) == 0 or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
         raise ValueError(f"{where}: expected row starts ascending from 0 to {len(indices)}; found others")
     if indptr[-1] < 2**31:
         indptr = indptr.astype(np.int32)  # scipy wants one type for both, and indices must not be copied
-    matrix = binary_csr(indices, indptr, n_items, ones)
+    matrix = binary_csr(indices, indptr, n_items)
     check_matrix(matrix, n_items, str(folder / f"{name}_indices.npy"))
     return matrix

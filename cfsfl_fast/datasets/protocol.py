@@ -79,14 +79,15 @@ def split_events(events: Events, protocol: Protocol) -> Dataset:
     users, items = _filtered(events, protocol, report)
     present = np.flatnonzero(np.bincount(users, minlength=len(events.user_ids)))  # ascending ids, as user_ids is sorted
     n_users = len(present)
-    held_out = _held_out(protocol, n_users, events.name)
-    order = np.random.RandomState(protocol.seed).permutation(n_users)
-    train_users, validation_users, test_users = np.split(present[order], [n_users - 2 * held_out, n_users - held_out])
+    held_out = held_out_count(protocol, n_users, events.name)
+    train_users, validation_users, test_users = split_users(present, held_out, protocol)
 
     in_train = _member(train_users, len(events.user_ids))[users]
-    column_of, item_codes = _index_by_appearance(items[in_train], len(events.item_ids))
+    first = np.full(len(events.item_ids), -1, np.int64)
+    theirs = items[in_train]
+    first[theirs[::-1]] = np.arange(len(theirs))[::-1]  # of repeated indices the last assignment stays
+    column_of, item_codes = order_of_appearance(first)
     n_items = len(item_codes)
-    train_users = np.sort(train_users)
     rows = _rank(train_users, len(events.user_ids))[users[in_train]]
     train = pairs_to_csr(rows, column_of[items[in_train]], (len(train_users), n_items))
     report["train"] = _counts(users[in_train], items[in_train])
@@ -95,7 +96,7 @@ def split_events(events: Events, protocol: Protocol) -> Dataset:
     for part, chosen in (("validation", validation_users), ("test", test_users)):
         mine = _member(chosen, len(events.user_ids))[users]
         known = mine & (column_of >= 0)[items]
-        group, counts = _fold_in(users[known], column_of[items[known]], n_items, events.user_ids, protocol)
+        group, counts = fold_in(users[known], column_of[items[known]], n_items, events.user_ids, protocol)
         skipped = held_out - counts["users"]
         dropped = int(mine.sum()) - int(known.sum())
         report[part] = {"held_out": held_out, "skipped": skipped, **counts, "events_of_unknown_items": dropped}
@@ -129,7 +130,12 @@ def _filtered(
     return users, items
 
 
-def _held_out(protocol: Protocol, n_users: int, name: str) -> int:
+def held_out_count(protocol: Protocol, n_users: int, name: str) -> int:
+    """Users in each of validation and test.
+
+    Raises:
+        ValueError: nobody would be left to train on.
+    """
     auto = min(MOST_HELD_OUT, max(1, n_users // 10))
     held_out = auto if isinstance(protocol.held_out, str) else protocol.held_out
     if 2 * held_out >= n_users:
@@ -140,7 +146,16 @@ def _held_out(protocol: Protocol, n_users: int, name: str) -> int:
     return held_out
 
 
-def _fold_in(
+def split_users(
+    present: NDArray[np.int64], held_out: int, protocol: Protocol
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Training users, ascending, and those held out for validation and for test. present: ascending by external id."""
+    order = np.random.RandomState(protocol.seed).permutation(len(present))
+    train, validation, test = np.split(present[order], [len(present) - 2 * held_out, len(present) - held_out])
+    return np.sort(train), validation, test
+
+
+def fold_in(
     users: NDArray[np.int32], columns: NDArray[np.int64], n_items: int, user_ids: NDArray[Any], protocol: Protocol
 ) -> tuple[HeldOut, dict[str, int]]:
     """Draws the targets of every user, ascending by user, over each user's rows in raw order."""
@@ -158,19 +173,17 @@ def _fold_in(
     row_of = _rank(with_target, len(user_ids))
     shape = (len(with_target), n_items)
     is_fold_in = ~is_target & (row_of[users] >= 0)
-    fold_in = pairs_to_csr(row_of[users[is_fold_in]], columns[is_fold_in], shape)
+    seen = pairs_to_csr(row_of[users[is_fold_in]], columns[is_fold_in], shape)
     targets = pairs_to_csr(row_of[users[is_target]], columns[is_target], shape)
-    counts = {"users": len(with_target), "fold_in_events": fold_in.nnz, "target_events": targets.nnz}
-    return HeldOut(fold_in, targets, user_ids[with_target]), counts
+    counts = {"users": len(with_target), "fold_in_events": seen.nnz, "target_events": targets.nnz}
+    return HeldOut(seen, targets, user_ids[with_target]), counts
 
 
-def _index_by_appearance(items: NDArray[np.int32], n_codes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Column of every item code (-1: none), and the codes in order of their first appearance."""
-    first = np.full(n_codes, -1, np.int64)
-    first[items[::-1]] = np.arange(len(items))[::-1]  # of repeated indices the last assignment stays
+def order_of_appearance(first: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Column of every item code (-1: none), and the codes in order of where they appear first (-1: nowhere)."""
     codes = np.flatnonzero(first >= 0)
     codes = codes[np.argsort(first[codes])]
-    return _rank(codes, n_codes), codes
+    return _rank(codes, len(first)), codes
 
 
 def _member(codes: NDArray[Any], n_codes: int) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Raw interactions of any supported format as `Events`: which format it is, and how its lines are cut."""
+"""Raw interactions of any supported format as chunks or `Events`: which format it is, and how its lines are cut."""
 
 import csv
 import re
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cfsfl_fast.datasets.columns import column_chunks, holds_columns
 from cfsfl_fast.datasets.events import Events, collect
 from cfsfl_fast.datasets.matrices import Compact, npz_format, read_scipy
 from cfsfl_fast.datasets.sources import (
@@ -32,10 +33,14 @@ FORMATS = (
     "msd",
     "csv",
     "parquet",
+    "arrays",
     "scipy",
     "compact",
     "split",
 )
+STREAMED = frozenset(FORMATS) - {"scipy", "compact", "split", "parquet"}
+"""Formats that are read a block at a time."""
+
 SPLIT_FILES = ("train.csv", "validation_tr.csv", "validation_te.csv", "test_tr.csv", "test_te.csv")
 USER_NAMES = ("userid", "user", "uid", "customerid", "visitorid", "reviewerid", "users")
 ITEM_NAMES = ("itemid", "item", "movieid", "sid", "iid", "songid", "song", "bookid", "productid", "asin", "items")
@@ -87,6 +92,11 @@ class Source(NamedTuple):
     path: Path
     files: list[SourceFile]
 
+    @property
+    def name(self) -> str:
+        """What messages and the data set call it."""
+        return self.files[0].name if len(self.files) == 1 else self.path.name
+
 
 def find_source(path: str | Path, format: str = "auto", columns: Columns | None = None) -> Source:
     """Looks at names and first bytes. An explicit `format` or explicit columns override what they say.
@@ -108,6 +118,8 @@ def _find(path: Path, format: str, columns: Columns | None) -> Source:
     if path.is_file() and is_zip(path) and (npz := npz_format(path)) is not None:
         return Source(npz if format == "auto" else format, path, [])
     files = list_files(path)
+    if format in ("auto", "arrays") and holds_columns(path):
+        return Source("arrays", path, files)
     if format in ("auto", "split"):
         by_name = {file.base_name: file for file in files}
         if set(SPLIT_FILES) <= set(by_name):
@@ -117,7 +129,7 @@ def _find(path: Path, format: str, columns: Columns | None) -> Source:
         inside = path / chosen[0].name.split("/", 1)[-1]
         if is_zip(inside):
             return _find(inside, format, columns)
-    if format in ("split", "scipy", "compact"):
+    if format in ("split", "scipy", "compact", "arrays"):
         raise ValueError(f"{path.name}: not of format {format!r}; found {chosen[0].name}")
     if format == "auto":
         format = _sniff(chosen[0], columns is not None and columns != Columns())
@@ -139,7 +151,8 @@ def read_events(
     """All events of a file, archive or folder in file order; of a repeated (user, item) pair the first.
 
     Args:
-        source: MovieLens, Netflix, Million Song, csv, tsv, parquet or `.npz`; plain, compressed, or its folder.
+        source: MovieLens, Netflix, Million Song, csv, tsv, parquet, `.npz` or a folder of arrays; plain, compressed, or
+            its folder.
         format: "auto" or one of `FORMATS`.
         user_column, item_column, rating_column: header name or number of a column of a csv, tsv or parquet.
         delimiter: of a csv; found out where None.
@@ -166,11 +179,21 @@ def events_of(source: Source, columns: Columns, show_progress: bool = False, blo
         return read_scipy(source.path)
     if source.format == "compact":
         return Compact(source.path).events()
-    name = source.files[0].name if len(source.files) == 1 else source.path.name
+    return collect(chunks_of(source, columns, show_progress, block_bytes), source.name)
+
+
+def chunks_of(
+    source: Source, columns: Columns, show_progress: bool = False, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Chunk]:
+    """The events of a source that is no matrix and no finished split, in the order of its files."""
+    if source.format == "arrays":
+        yield from column_chunks(source.path)
+        return
     with Progress(source.files, show_progress) as progress:
         if source.format == "parquet":
-            return collect(_parquet_chunks(source, columns), name)
-        return collect(_text_chunks(source, columns, progress, block_bytes), name)
+            yield from _parquet_chunks(source, columns)
+        else:
+            yield from _text_chunks(source, columns, progress, block_bytes)
 
 
 def _choose(files: list[SourceFile], path: Path, format: str) -> list[SourceFile]:
