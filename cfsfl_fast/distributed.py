@@ -227,6 +227,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_size() -> int:
+    """How many of the processes run on this machine, and share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def processes(device: torch.device, item_shards: int = 1) -> Iterator[Mesh]:
     """The processes that torchrun started, or this one alone: nccl between CUDA devices, gloo elsewhere.

@@ -13,17 +13,21 @@ Memory    of the stage that takes most, the joint one where there is one.
           scores                B M / S, but not more than `library.CHUNK_SCORES`; of drawn items, B n thrice
           codes                 (T + 1) passes of B rows: what the backward pass of the small layers needs
           lists                 T B K ids, scores and weights, and their gradients sorted by item
-          histories             8 bytes an event and a user
+          histories             40 bytes a user and 4 an event, none where training reads them in a mapped file
           process               PyTorch itself
 Messages  an all-reduce of n bytes among P devices sends and receives 2 n (P - 1) / P on each; an all-gather n (P - 1).
 Time      products at the device's rate, Adam and the tables at its memory's, messages at the link's, one after another.
+Scaling   efficiency of G devices = n t(1) / (G t(G)), t(1) an update of `batch_size` users on one device, whether it
+          could hold the model or not, and t(G) one of n times as many; n = 1 for a batch that devices share.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +39,9 @@ PROCESS = 400e6
 """Bytes that Python and PyTorch take on a CPU; a CUDA context takes about twice that on its device."""
 
 _CERTAIN = ("tables", "layers", "moments", "gradients", "histories")
+
+MOST_DEVICES = 64
+"""Of `scaling`."""
 
 ADAM_BYTES = 28
 """Adam reads a weight, its gradient and two moments, and writes all but the gradient: float32."""
@@ -87,10 +94,10 @@ class Plan:
         needed = {name: size for name, size in self.memory.items() if name in _CERTAIN}
         if sum(needed.values()) <= free:
             return
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.items())
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in needed.items())
         raise ValueError(
-            f"training on {self.n_items:,} items needs {_size(sum(needed.values()))} on each of {self.devices} "
-            f"device(s), which has {_size(free)} free: {parts}. `cfsfl plan` shows what other choices take"
+            f"training on {self.n_items:,} items needs {size_text(sum(needed.values()))} on each of {self.devices} "
+            f"device(s), which has {size_text(free)} free: {parts}. `cfsfl plan` shows what other choices take"
         )
 
     def __str__(self) -> str:
@@ -101,13 +108,13 @@ class Plan:
             f"T = {config.steps}, K = {config.top_k}, batch {config.batch_size}",
             "",
             "memory of a device",
-            *(f"  {name:<12}{_size(size):>12}" for name, size in self.memory.items()),
-            f"  {'in all':<12}{_size(self.total):>12}",
+            *(f"  {name:<12}{size_text(size):>12}" for name, size in self.memory.items()),
+            f"  {'in all':<12}{size_text(self.total):>12}",
             "",
             "an update of the joint stage" if config.has_joint_stage else "an update",
             f"  {'products':<12}{self.flops / 1e9:>9,.1f} GFLOP",
-            f"  {'optimiser':<12}{_size(self.traffic):>12}",
-            *(f"  {name:<12}{_size(size):>12} sent" for name, size in self.messages.items()),
+            f"  {'optimiser':<12}{size_text(self.traffic):>12}",
+            *(f"  {name:<12}{size_text(size):>12} sent" for name, size in self.messages.items()),
         ]
         return "\n".join(lines)
 
@@ -120,6 +127,7 @@ def plan(
     events_per_user: float = 100.0,
     devices: int = 1,
     item_shards: int = 1,
+    mapped: bool = False,
 ) -> Plan:
     """What training takes on each of some devices. Nothing of the model's size is allocated.
 
@@ -129,6 +137,7 @@ def plan(
         events_per_user: items of a user on average.
         devices: G.
         item_shards: S, devices that share the rows of every item table; divides G.
+        mapped: training reads the events where they lie, in a file.
 
     Raises:
         ValueError: a size is below 1, or item_shards does not divide devices.
@@ -187,7 +196,7 @@ def plan(
         "scores": 4 * scores + (24 * B * config.negatives if sampled else 0),
         "codes": 4 * B * (T + 1) * layers,
         "lists": T * B * K * (8 + 4 + 4 + 8 + 8 + 4),
-        "histories": 8 * n_users * (events_per_user + 2),
+        "histories": n_users * (40 + (0 if mapped else 4 * events_per_user)),
         "process": PROCESS,
     }
     history = B * (width + D)
@@ -208,11 +217,59 @@ def plan(
     return Plan(n_items, n_users, config, devices, item_shards, memory, messages, flops, traffic)
 
 
+class Scaled(NamedTuple):
+    """What a number of devices comes to.
+
+    Attributes:
+        devices, item_shards: G and S.
+        shared: the plan for a batch that they share.
+        same_batch, grown_batch: efficiencies, of that batch and of one that is G / S times as large.
+    """
+
+    devices: int
+    item_shards: int
+    shared: Plan
+    same_batch: float
+    grown_batch: float
+
+
+def scaling(
+    n_items: int, n_users: int, config: CFSFLConfig, rate: float, bandwidth: float, link: float, **more: Any
+) -> list[Scaled]:
+    """Plans for 1, 2, 4 to MOST_DEVICES devices, which share users alone, or item tables alone.
+
+    Args:
+        n_items, n_users, config: as in `plan`.
+        rate, bandwidth, link: as in `Plan.seconds`.
+        **more: events_per_user.
+    """
+    config = config.resolved(n_users)
+    assert isinstance(config.batch_size, int)
+
+    def time_of(planned: Plan) -> float:
+        return sum(planned.seconds(rate, bandwidth, link).values())
+
+    alone = time_of(plan(n_items, n_users, config, **more))
+    found = []
+    devices = 1
+    while devices <= MOST_DEVICES:
+        for shards in dict.fromkeys((1, devices)):
+            replicas, layout = devices // shards, {"devices": devices, "item_shards": shards, **more}
+            grown = dataclasses.replace(config, batch_size=config.batch_size * replicas)
+            shared = plan(n_items, n_users, config, **layout)
+            same = alone / (devices * time_of(shared))
+            larger = alone * replicas / (devices * time_of(plan(n_items, n_users, grown, **layout)))
+            found.append(Scaled(devices, shards, shared, same, larger))
+        devices *= 2
+    return found
+
+
 def _reduced(size: float, n: int) -> float:
     return 2 * size * (n - 1) / n
 
 
-def _size(n: float) -> str:
+def size_text(n: float) -> str:
+    """A number of bytes with its unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:,.3g} {unit}" if n < 100 else f"{n:,.0f} {unit}"

@@ -17,7 +17,7 @@ from cfsfl_fast import backends, checkpoint, files, resharding
 from cfsfl_fast.baselines import MostPopular
 from cfsfl_fast.config import LATER_FIELDS, CFSFLConfig
 from cfsfl_fast.datasets import Dataset, HeldOut
-from cfsfl_fast.distributed import Mesh
+from cfsfl_fast.distributed import Mesh, local_size
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
@@ -74,6 +74,7 @@ class Run(Trainer):
         shards = self.mesh.items.size
         config = config.resolved(data.n_users)
         each = data.train.nnz / max(1, data.n_users)
+        on_cpu = torch.device(device).type == "cpu"
         needed = plan(
             data.n_items,
             data.n_users,
@@ -81,8 +82,9 @@ class Run(Trainer):
             events_per_user=each,
             devices=self.mesh.everyone.size,
             item_shards=shards,
+            mapped=on_cpu,
         )
-        needed.check(free_memory(torch.device(device)))
+        needed.check(free_memory(torch.device(device)) / (local_size() if on_cpu else 1))
         shard = Shard(self.mesh.items, data.n_items) if shards > 1 else None
         model = fresh_model(data.n_items, config, device=device, shard=shard, **run_time)
         model.item_ids = data.item_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from cfsfl_fast import CFSFLConfig, runs
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset
-from cfsfl_fast.plan import PROCESS, measured_rates, plan
+from cfsfl_fast.plan import PROCESS, measured_rates, plan, scaling
 from cfsfl_fast.scarcity import free_memory
 from cfsfl_fast.stages import fresh_model
 from cfsfl_fast.training import Optimisers
@@ -82,6 +83,70 @@ def test_a_run_that_cannot_fit_says_so_before_it_begins(
     with pytest.raises(ValueError, match=r"training on 40 items needs .* which has 100 kB free: tables"):
         runs.Run(toy, tmp_path / "run", CFSFLConfig(**QUICK))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_that_cannot_fit_says_so_before_anything_is_allocated(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "fresh_model", lambda *_, **__: pytest.fail("a model was made"))
+    asked = ["train", str(toy_folder), f"--out={tmp_path / 'run'}", "--hidden-dim=900000000"]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 2, done.output
+    assert re.search(
+        r"40 items needs [\d.]+ TB on each of 1 device\(s\), which has [\d.]+ .B free: tables", done.output
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n_here", [1, 4])
+def test_processes_of_one_machine_share_its_memory(
+    n_here: int, toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CFSFLConfig(**QUICK)
+    enough = 2 * plan(toy.n_items, toy.n_users, config, mapped=True).total
+    monkeypatch.setattr(runs, "free_memory", lambda device: enough - 2 * PROCESS)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_here))
+    if n_here == 1:
+        runs.Run(toy, tmp_path / "run", config)
+        return
+    with pytest.raises(ValueError, match="which has"):
+        runs.Run(toy, tmp_path / "run", config)
+
+
+def test_events_in_a_mapped_file_take_no_memory() -> None:
+    mapped, held = (plan(900, 1000, SMALL, events_per_user=50, mapped=kept).memory for kept in (True, False))
+    assert held["histories"] - mapped["histories"] == 4 * 1000 * 50
+    assert mapped["histories"] == 40 * 1000
+
+
+def test_efficiency_is_work_over_time() -> None:
+    rates = 1e12, 1e11, 1e9
+    rows = scaling(100_000, 50_000, SMALL, *rates)
+    assert [(row.devices, row.item_shards) for row in rows[:4]] == [(1, 1), (2, 1), (2, 2), (4, 1)]
+    assert rows[-1].devices == 64
+    alone = sum(plan(100_000, 50_000, SMALL).seconds(*rates).values())
+    assert (rows[0].same_batch, rows[0].grown_batch) == (1, 1)
+    for row in rows[1:]:
+        took = sum(row.shared.seconds(*rates).values())
+        assert row.same_batch == pytest.approx(alone / (row.devices * took))
+        assert row.shared == plan(100_000, 50_000, SMALL, devices=row.devices, item_shards=row.item_shards)
+        if row.item_shards > 1:
+            assert row.grown_batch == row.same_batch, "devices that share tables answer for the same users"
+    grown = dataclasses.replace(SMALL, batch_size=400)
+    took = sum(plan(100_000, 50_000, grown, devices=4).seconds(*rates).values())
+    assert rows[3].grown_batch == pytest.approx(alone / took)
+
+
+def test_the_command_prints_what_more_devices_come_to() -> None:
+    asked = ["plan", "--items=20000", "--users=1000", "--gflops=100", "--bandwidth=10", "--memory=64", "--scaling"]
+    refused = CliRunner().invoke(main, asked)
+    assert refused.exit_code == 2
+    assert "--scaling needs --link, GB/s between devices; got none" in refused.output
+    told = CliRunner().invoke(main, [*asked, "--link=1"])
+    assert told.exit_code == 0, told.output
+    lines = [line.split() for line in told.output.splitlines() if line.endswith("%")]
+    assert [line[:2] for line in lines[:3]] == [["1", "1"], ["2", "1"], ["2", "2"]]
+    assert len(lines) == 13
 
 
 def test_rates_and_free_memory_are_those_of_a_machine() -> None:
