@@ -63,7 +63,7 @@ bench: $(DONE)
 
 # Without a virtual environment and a network: PYTHON has torch, triton, numpy, scipy, pybind11 and pytest.
 gpu:
-	$(PYTHON) benches/gpu.py --results $(RESULTS)
+	$(PYTHON) benches/gpu.py --results $(RESULTS) $(if $(SECONDS),--seconds $(SECONDS))
 
 $(DONE): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -42,10 +42,11 @@ class OptionalExtension(build_ext):
 
 def extensions() -> list:
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
     except ImportError as error:
         print(f"cfsfl-fast: the C++ kernels were not built ({error}); library calls will be used", file=sys.stderr)
         return []
+    ParallelCompile("CFSFL_BUILD_JOBS").install()  # all processors, or as many as it says
     return [
         Pybind11Extension(
             "cfsfl_fast._cpp",

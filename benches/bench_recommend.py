@@ -16,7 +16,7 @@ import scipy.sparse as sp
 import torch
 from conftest import ROOT, Report, captured, race
 from eager import EagerCFSFL
-from problems import CONFIG, SHAPES, B, T, batch, dense, model, ones, variants
+from problems import CONFIG, ITEMS, SHAPES, B, T, batch, dense, model, ones, variants
 
 from cfsfl_fast import CFSFL, backends, ops
 from cfsfl_fast.datasets import open_dataset
@@ -39,11 +39,8 @@ def baseline(made: CFSFL, x: Interactions) -> Callable[[], torch.Tensor]:
     return by_hand
 
 
-@pytest.mark.parametrize("n_users", [500, 4096])
-def test_the_loop_to_a_list_on_a_gpu(n_users: int, report: Report, device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip("needs a CUDA device")
-    n_items = SHAPES["ml-20m"]
+def test_the_loop_to_a_list_on_a_gpu(gpu_users: int, gpu_shape: str, report: Report, device: torch.device) -> None:
+    n_items, n_users = ITEMS[gpu_shape], gpu_users
     made = model(n_items, "trained", device).eval()
     x = batch(n_items, 0, n_users, device)[0].seen
     by_hand = baseline(made, x)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Report, captured, race
 from eager import EagerCFSFL, joint_loss
-from problems import CONFIG, SHAPES, B, T, batch, dense, histories, model, ones, variants
+from problems import CONFIG, ITEMS, SHAPES, B, T, batch, dense, histories, model, ones, variants
 
 from cfsfl_fast import backends
 from cfsfl_fast.datasets import open_dataset
@@ -29,7 +29,7 @@ class Twins:
         self.data, self.eps, self.stage = data, eps, stage
         self.eager = EagerCFSFL(made).to(made.device)
         self.eager.steps = T if stage == "joint" else 0
-        self.compiled = torch.compile(joint_loss)
+        self.compiled = torch.compile(joint_loss, **({"mode": "max-autotune"} if made.device.type == "cuda" else {}))
         on_cuda = made.device.type == "cuda"
         self.adam = torch.optim.Adam(self.eager.parameters(), lr=1e-5, fused=on_cuda, capturable=on_cuda)
         self.models = {backend: copy.deepcopy(made).train() for backend in implementations}
@@ -40,8 +40,8 @@ class Twins:
         x = self.data.seen
         weight = CONFIG.reward_weight if self.stage == "joint" else 0.0
         rows, shown = dense(x, ones(x)), dense(self.data.encoded, self.data.weights)
-        loss = loss_of(self.eager, rows, shown, self.eps(0), float(CONFIG.kl_cap), weight)
         self.adam.zero_grad()
+        loss = loss_of(self.eager, rows, shown, self.eps(0), float(CONFIG.kl_cap), weight)
         loss.backward()
         self.adam.step()
         return loss.detach()
@@ -75,37 +75,69 @@ def test_update(
     report(f"update of stage {1 if stage == 'recommender' else 3}, M={SHAPES[shape]} B={B} T={T}", times, "eager")
 
 
-@pytest.mark.parametrize("stage", ["recommender", "joint"])
-@pytest.mark.parametrize("n_users", [500, 4096])
-def test_update_on_a_gpu(n_users: int, stage: str, report: Report, device: torch.device) -> None:
+class OnAGpu(Twins):
     """The library's update takes user numbers: it assembles its batch, and stage 3's also moves the reward estimator,
     which the baseline leaves alone.
     """
-    if device.type != "cuda":
-        pytest.skip("needs a CUDA device")
-    n_items = SHAPES["ml-20m"]
-    made = model(n_items, "trained", device)
-    made.config = dataclasses.replace(made.config, batch_size=n_users)
-    twins = Twins(made, *batch(n_items, 0, n_users, device), stage, [])
-    x = histories(n_items).to(device)
-    users = (torch.arange(n_users) % len(x)).to(device)
-    rivals: dict[str, Callable[[], Any]] = {}
-    losses = {}
-    for name, variant in variants(made).items():
-        updates = Updates(variant.train(), x, Optimisers(variant, stage), stage)
-        updates.begin(1, (0,), capacity(int(x.host_counts[users.cpu()].sum())) if updates.fixed else None)
-        updates(users, users)
-        losses[name] = float(updates.last[0])
-        rivals[name] = lambda updates=updates: updates(users, users)
-    # The baseline's KL weight is at its cap, and dropout has another key: the same loss up to these.
-    first = float(twins.by_hand())
-    for name, loss in losses.items():
-        assert loss == pytest.approx(first, rel=0.1), name
-    times = race({"eager": twins.by_hand, "eager, one graph": captured(twins.by_hand), **rivals})
-    passes = (T + 1 if stage == "joint" else 1) + 2  # the dense backward is two products
-    flops = 2 * passes * n_users * n_items * made.config.hidden_dim
-    case = f"update of stage {1 if stage == 'recommender' else 3}, M={n_items} B={n_users} T={T}"
-    report(case, times, "eager", flops=flops, users=n_users)
+
+    def __init__(self, shape: str, n_users: int, stage: str, device: torch.device) -> None:
+        self.n_items, self.n_users = ITEMS[shape], n_users
+        made = model(self.n_items, "trained", device)
+        made.config = dataclasses.replace(made.config, batch_size=n_users)
+        super().__init__(made, *batch(self.n_items, 0, n_users, device), stage, [])
+        x = histories(self.n_items).to(device)
+        self.users = (torch.arange(n_users) % len(x)).to(device)
+        self.updates = {}
+        for name, variant in variants(made).items():
+            updates = self.updates[name] = Updates(variant.train(), x, Optimisers(variant, stage), stage)
+            room = int(x.host_counts[self.users.cpu()].sum())
+            updates.begin(1, (0,), capacity(room) if updates.fixed else None)
+
+    def race(self, rivals: dict[str, Callable[[], Any]], report: Report, what: str, only: tuple[str, ...] = ()) -> None:
+        """Checks, then times the rivals and the library's variants, or only some of them. What is wrong or fails has no
+        figure, and does not take the others theirs.
+        """
+        first, wrong = float(self.by_hand()), {}
+        for name, updates in self.updates.items():
+            if only and name not in only:
+                continue
+            try:
+                updates(self.users, self.users)
+                loss = float(updates.last[0])
+            except Exception as error:
+                wrong[name] = repr(error)
+                continue
+            # The baseline's KL weight is at its cap, and dropout has another key: the same loss up to these.
+            if loss == pytest.approx(first, rel=0.1):
+                rivals[name] = lambda updates=updates: updates(self.users, self.users)
+            else:
+                wrong[name] = f"a loss of {loss}, not {first}"
+        times = race({"eager": self.by_hand, **rivals})
+        if self.users.is_cuda:
+            graphs = {name: self.updates[name].graphs for name in rivals if name in self.updates}
+            wrong |= {name: "not replayed" for name, g in graphs.items() if g.mode and not g.replays}
+        passes = (T + 1 if self.stage == "joint" else 1) + 2  # the dense backward is two products
+        flops = 2 * passes * self.n_users * self.n_items * self.eager.output.in_features
+        case = f"{what} of stage {1 if self.stage == 'recommender' else 3}, M={self.n_items} B={self.n_users} T={T}"
+        report(case, times, "eager", flops=flops, users=self.n_users)
+        assert not wrong, wrong
+
+
+@pytest.mark.parametrize("stage", ["recommender", "joint"])
+def test_update_on_a_gpu(gpu_users: int, gpu_shape: str, stage: str, report: Report, device: torch.device) -> None:
+    twins = OnAGpu(gpu_shape, gpu_users, stage, device)
+    twins.race({"eager, one graph": captured(twins.by_hand)}, report, "update")
+
+
+@pytest.mark.parametrize("stage", ["joint", "recommender"])
+def test_update_compiled_on_a_gpu(
+    compiles: bool, gpu_users: int, gpu_shape: str, stage: str, report: Report, device: torch.device
+) -> None:
+    if not compiles:
+        pytest.skip("needs --compile")
+    twins = OnAGpu(gpu_shape, gpu_users, stage, device)
+    compiled = {"max-autotune": lambda: twins.by_hand(twins.compiled)}
+    twins.race(compiled, report, "update beside torch.compile", ("fp32", "bf16"))
 
 
 @pytest.mark.parametrize("stage", ["recommender", "joint"])

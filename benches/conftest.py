@@ -1,6 +1,6 @@
 """Timing for benches: rivals interleaved in one run, medians, shares of a roof of the same session, saved rows.
 
-pytest benches [--results FOLDER] [--rounds N] [--device cpu|cuda] [--compile]
+pytest benches [--results FOLDER] [--rounds N] [--device cpu|cuda] [--compile] [--rehearse]
 
 On a CUDA device times are those of its own clock (events around CALLS calls), and the products' roof is torch.mm in
 bfloat16, whatever a rival multiplies in.
@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=5, help="timed rounds after the warm-up; the median counts")
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where rivals run")
     parser.addoption("--compile", action="store_true", help="torch.compile among the rivals: minutes to compile")
+    parser.addoption("--rehearse", action="store_true", help="the benches of a GPU, at a tiny size on the CPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,7 +112,11 @@ def _race_on_cuda(times: Times, rivals: dict[str, Callable[[], Any]], rounds: in
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
-    """A function's kernels as one CUDA graph; what it gives is where its last call before the capture left it."""
+    """A function's kernels as one CUDA graph; what it gives is where its last call before the capture left it. In a
+    rehearsal the function itself.
+    """
+    if not torch.cuda.is_available():
+        return function
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -119,8 +124,10 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces()  # its own, not those of the last graph (`cfsfl_fast.graphs`)
     with torch.cuda.graph(graph):
         function()
+    torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 
@@ -128,6 +135,20 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where rivals run."""
     return torch.device(request.config.getoption("device"))
+
+
+@pytest.fixture(scope="session")
+def gpu_shape(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """What a GPU's bench runs on, of `problems.ITEMS`."""
+    if device.type != "cuda" and not request.config.getoption("rehearse"):
+        pytest.skip("needs a CUDA device, or --rehearse")
+    return "ml-20m" if device.type == "cuda" else "tiny"
+
+
+@pytest.fixture(params=[500, 4096])
+def gpu_users(request: pytest.FixtureRequest, gpu_shape: str) -> int:
+    """B of a GPU's bench, or of its rehearsal."""
+    return int(request.param) // (64 if gpu_shape == "tiny" else 1)
 
 
 @pytest.fixture(scope="session")

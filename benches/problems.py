@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import torch
@@ -15,6 +16,9 @@ from cfsfl_fast.training import Noise, Optimisers, View, joint_step, recommender
 
 SHAPES = {"ml-1m": 3706, "ml-20m": 20108, "msd": 41140}
 """Items of the paper's data sets, and of MovieLens-1M."""
+
+ITEMS = {**SHAPES, "tiny": 300}
+"""Also of a rehearsal."""
 
 B, T, K = 500, 8, 50
 
@@ -41,10 +45,11 @@ def batch(n_items: int, number: int = 0, n_users: int = B, device: torch.device 
 def model(n_items: int, kind: str, device: torch.device | str = "cpu") -> CFSFL:
     """A model whose loop settles ("trained": a few epochs of Algorithm 1) or does not ("drifting": random feedback)."""
     torch.manual_seed(0)
-    made = CFSFL.from_config(n_items, CONFIG).to(device)
+    tiny = n_items == ITEMS["tiny"]
+    made = CFSFL.from_config(n_items, dataclasses.replace(CONFIG, hidden_dim=48) if tiny else CONFIG).to(device)
     optimisers = Optimisers(made, "recommender")
     assert optimisers.main is not None
-    for number in range(40):
+    for number in range(4 if tiny else 40):
         data, eps = batch(n_items, number, device=device)
         update(optimisers.main, recommender_step(made, data, eps, number))
     if kind == "drifting":
@@ -53,7 +58,7 @@ def model(n_items: int, kind: str, device: torch.device | str = "cpu") -> CFSFL:
         return made
     optimisers = Optimisers(made, "joint")
     assert optimisers.main is not None
-    for number in range(12):
+    for number in range(2 if tiny else 12):
         data, eps = batch(n_items, number, device=device)
         update(optimisers.main, joint_step(made, data, eps, number)[0])
     return made
@@ -65,16 +70,18 @@ def ones(x: Interactions) -> torch.Tensor:
 
 
 def variants(made: CFSFL) -> dict[str, CFSFL]:
-    """Copies of a model for a CUDA device, by what they run with."""
+    """Copies of a model for a CUDA device, by what they run with; of a CPU, for a rehearsal, those that it can run."""
+    on_cuda = made.device.type == "cuda"
     found = {}
     for name, precision, graphs in (
-        ("fp32", "fp32", "auto"),
-        ("tf32", "tf32", "auto"),
-        ("bf16", "bf16", "auto"),
+        ("fp32", "fp32", True),
+        ("tf32", "tf32", True),
+        ("bf16", "bf16", True),
         ("bf16, no graph", "bf16", False),
     ):
-        found[name] = copy.deepcopy(made)
-        found[name].precision, found[name].graphs = precision, Graphs(graphs)
+        if on_cuda or precision != "tf32":
+            found[name] = copy.deepcopy(made)
+            found[name].precision, found[name].graphs = precision, Graphs(graphs)
     return found
 
 

@@ -1,9 +1,11 @@
-"""`make gpu`'s driver: late and failing parts, left-over processes, rows and the exit code."""
+"""`make gpu`'s driver: rounds, late and failing parts, left-over processes, rows and the exit code."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,48 +41,95 @@ def test_parts_fail_and_run_late_and_the_rest_goes_on(
     row = {"case": "inference", "rival": "bf16", "us": 151.2, "x eager": 12.5, "users/s": 3311258}
     text = json.dumps(row) + '\n{"case": "ha'
     child = tmp_path / "child"
-    sleeper = f"import time; time.sleep(4); open({str(child)!r}, 'w')"
+    sleeper = f"import time; time.sleep(5); open({str(child)!r}, 'w')"
+    late = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleeper!r}])\n"
+        "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('what failed so far'); time.sleep(60)"
+    )
     todo = [
-        gpu.Part("broken", python("raise SystemExit(3)"), 30),
-        gpu.Part("absent", ["/no/such/program"], 30),
-        gpu.Part("writes", python(f"open({str(rows)!r}, 'a').write({text!r})"), 30),
-        gpu.Part("late", python(f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleeper!r}]); "
-                                "time.sleep(60)"), 2.5),
-        gpu.Part("after", python("print('after the late one')"), 30),
-    ]  # fmt: skip
+        gpu.Round(10, [gpu.Part("broken", python("raise SystemExit(3)")), gpu.Part("absent", ["/no/such/program"])]),
+        gpu.Round(10, [gpu.Part("writes", python(f"open({str(rows)!r}, 'a').write({text!r})"))]),
+        gpu.Round(3, [gpu.Part("late", python(late))]),
+        gpu.Round(10, [gpu.Part("after", python("print('after the late one')"))]),
+    ]
     began = time.monotonic()
-    code = gpu.main(["--results", str(results), "--seconds", "60"], todo)
-    assert time.monotonic() - began < 30
+    code = gpu.main(["--results", str(results), "--seconds", "40"], [todo[0], todo[1], *todo[3:]])
+    assert time.monotonic() - began < 40
     shown = capfd.readouterr().out
     assert code == 1
     assert "after the late one" in shown
     header, line = (text for text in shown.splitlines() if text.startswith(("case  ", "inference")))
-    assert header.split() == ["case", "rival", "us", "x", "eager", "of", "product", "rate", "users/s", "peak", "MB"]
+    assert header.split()[:7] == ["case", "rival", "us", "x", "eager", "of", "product"]
     assert line.split() == ["inference", "bf16", "151.2", "12.5", "3311258"]
     assert "old" not in shown
     outcomes = [json.loads(text) for text in (results / gpu.PARTS).read_text().splitlines()]
     assert [(o["name"], o["how"].split()[0].strip(":")) for o in outcomes] == [
-        ("broken", "failed"), ("absent", "failed"), ("writes", "ok"), ("late", "late"), ("after", "ok"),
+        ("broken", "failed"), ("absent", "failed"), ("writes", "ok"), ("after", "ok"),
     ]  # fmt: skip
-    time.sleep(2.5)
+    assert {"device", "torch", "triton", "commit"} <= set(outcomes[0])
+
+    (outcome,) = gpu.run(todo[2].parts, 3.0, results / "logs")
+    assert outcome.how == "late"
+    assert "what failed so far" in (results / "logs" / "late.txt").read_text()
+    time.sleep(3)
     assert not child.exists(), "a late part's own process went on"
 
 
-def test_all_well_is_0_and_no_time_is_not(gpu: ModuleType, tmp_path: Path) -> None:
-    quick = gpu.Part("quick", python("pass"), 30)
-    assert gpu.main(["--results", str(tmp_path)], [quick, quick]) == 0
-    slow = gpu.Part("slow", python("import time; time.sleep(60)"), 30)
-    assert gpu.main(["--results", str(tmp_path), "--seconds", "2"], [slow, quick]) == 1
-    last = json.loads((tmp_path / gpu.PARTS).read_text().splitlines()[-1])
-    assert (last["name"], last["how"]) == ("quick", "no time")
+def test_parts_of_a_round_run_at_the_same_time(gpu: ModuleType, tmp_path: Path) -> None:
+    parts = [gpu.Part(name, python("import time; time.sleep(2)")) for name in "abc"]
+    began = time.monotonic()
+    assert [o.how for o in gpu.run(parts, 20.0, tmp_path)] == ["ok"] * 3
+    assert time.monotonic() - began < 5.5
+
+
+def test_what_a_round_leaves_is_the_nexts(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where nothing is left, each still has its share."""
+    given, clock = [], [0.0]
+
+    def run(parts: list[str], seconds: float, logs: Path) -> list[str]:
+        given.append(seconds)
+        clock[0] += min(takes[len(given) - 1], seconds)
+        return parts
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    todo = [gpu.Round(seconds, [str(seconds)]) for seconds in (10, 20, 30)]
+    takes = [4.0, 99.0, 99.0]
+    assert len(list(gpu.run_all(todo, 60.0, tmp_path))) == 3
+    assert given == [10, 26, 30]
+    given.clear()
+    takes = [99.0, 99.0, 99.0]
+    assert len(list(gpu.run_all(todo, 30.0, tmp_path))) == 3
+    assert given == [5, 10, 15]
 
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_every_part_is_there_to_run(gpu: ModuleType, tmp_path: Path, cuda: bool) -> None:
-    todo = gpu.parts(tmp_path, cuda)
-    names = {word for part in todo for word in part.command if word.endswith(".py")}
+    todo = gpu.rounds(tmp_path, cuda)
+    assert sum(r.seconds for r in todo) <= 475, "eight minutes, and what starting and ending take"
+    parts = [part for _, parts in todo for part in parts]
+    assert len({part.name for part in parts}) == len(parts)
+    names = {word for part in parts for word in part.command if word.endswith(".py")}
     for name in names:
         assert (ROOT / name).is_file(), name
     files = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
     marked = {path.name for path in files if "mark.gpu" in path.read_text() or "import CUDA" in path.read_text()}
     assert marked == {Path(name).name for name in names if name.startswith("tests/")}
+
+
+def test_nothing_is_imported_that_the_machine_may_lack(gpu: ModuleType, tmp_path: Path) -> None:
+    """It has torch, triton, numpy, scipy, pybind11, setuptools, pytest and pytest-benchmark."""
+    absent = ("hypothesis", "click", "tqdm", "safetensors", "polars", "matplotlib", "sklearn", "implicit")
+    files = {w for _, parts in gpu.rounds(tmp_path, True) for p in parts for w in p.command if w.endswith(".py")}
+    tests = [name for name in files if name.startswith("tests/") or "bench_" in name]
+    code = (
+        "import importlib.abc, sys\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {absent}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        f"import pytest; sys.exit(pytest.main({['-q', '--collect-only', *tests]!r}))"
+    )
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(python(code), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
