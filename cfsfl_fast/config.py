@@ -34,6 +34,8 @@ class CFSFLConfig:
             epochs[1] are the passes in which the item reward learns, there is no stage 3, and T = 0 is recommender and
             memory.
         memory_ridge: c of the item memory's ridge (`memory`), for feedback="scores".
+        folds: parts of the training users, for feedback="scores": the item reward learns from scores of recommenders
+            that have not seen a user's part (`folds`), which takes folds - 1 more times stage 1.
         feedback_inputs: what the feedback generator sees, of "history" (the mean row of x), "list" (the rows of a) and
             "reward" (R); what is left out is 0. R itself always sees history and list.
 
@@ -85,6 +87,7 @@ class CFSFLConfig:
     reading: str = "heldout"
     feedback: str = "embedding"
     memory_ridge: float = 3.0
+    folds: int = 2
     feedback_inputs: str = "history,list,reward"
 
     mask_kept: bool = True
@@ -258,6 +261,7 @@ LATER_FIELDS = frozenset(
         "action",
         "feedback",
         "memory_ridge",
+        "folds",
         "feedback_inputs",
         "reward_weight",
         "reward_loss",
@@ -309,6 +313,7 @@ _OF_RECOMMENDER = {
 
 _LEAST = {
     "negatives": 1,
+    "folds": 2,
     "steps": 0,
     "top_k": 1,
     "hidden_dim": 1,
@@ -343,12 +348,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 0,
     },
     "best": {
+        "recommender": "recvae",
         "feedback": "scores",
         "steps": 4,
         "reading": "full",
         "mask_kept": False,
-        "kl": "annealed",
-        "epochs": (60, 20, 0),
+        "anneal_steps": 1,
+        "learning_rate": 5e-4,
+        "epochs": (120, 16, 0),
+        "patience": 40,
         "reward_learning_rate": 3e-3,
         "control": False,
     },

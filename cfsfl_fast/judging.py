@@ -67,8 +67,9 @@ def answer(
         return Answer(c, torch.empty(len(c), 0, dtype=torch.int64, device=c.device), c.new_empty(len(c), 0))
     ids, best = ops.topk(c.detach(), n_listed)
     listed = ids >= 0
-    logits = judged(memory, reward, memory.evidence(x, ids, k))
-    r = logits + memory.recommender_weight * scores.gather(1, ids.clamp_min(0))
+    of_listed = scores.gather(1, ids.clamp_min(0))
+    logits = judged(memory, reward, memory.evidence(x, ids, of_listed, k))
+    r = logits + memory.recommender_weight * of_listed
     worst_c = best.masked_fill(~listed, -NO_SCORE).amin(1, keepdim=True)
     worst_r = r.detach().masked_fill(~listed, -NO_SCORE).amin(1, keepdim=True)
     behind = torch.where(listed[:, :1], worst_r - worst_c, 0)
@@ -77,25 +78,28 @@ def answer(
 
 
 def judged(memory: ItemMemory, reward: Layers, evidence: Tensor) -> Tensor:
-    """g of listed items from their evidence [B, K, 16]. [B, K]"""
+    """g of listed items from their evidence [B, K, 19]. [B, K]"""
     seen = ((evidence - memory.centre) / memory.spread).clamp(-6, 6)
     return ops.mlp(seen.flatten(0, 1), reward).view(evidence.shape[:2])
 
 
-def lists(memory: ItemMemory, kept: Interactions, whole: Interactions, steps: int, k: int) -> tuple[Tensor, Tensor]:
-    """The lists that training judges, and their evidence: what the memory alone finds, each user left out of it.
-
-    The recommender has no say here: it was trained on these users, and would list what it has learnt by heart.
+def lists(
+    memory: ItemMemory, scores: Tensor, kept: Interactions, whole: Interactions, steps: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The lists that training judges, and their evidence: what `answer` lists for users whom nobody knows.
 
     Args:
+        memory: of items; each user is left out of it.
+        scores: s, of a recommender that has not seen the users (`folds`). [B, M]
         kept, whole: what is shown of the histories, and all of them.
 
     Returns:
-        ids [B, T K], -1 where a list ends, and the evidence [B, T K, 16].
+        ids [B, T K], -1 where a list ends, and the evidence [B, T K, 19].
     """
     e, absence = memory.scores(kept, whole)
-    ids, _ = ops.topk(e + closed(kept), min(max(steps, 1) * k, memory.n_items))
-    return ids, memory.evidence(kept, ids, k, absence)
+    c = scores + memory.weight * e + closed(kept)
+    ids, _ = ops.topk(c, min(max(steps, 1) * k, memory.n_items))
+    return ids, memory.evidence(kept, ids, scores.gather(1, ids.clamp_min(0)), k, absence)
 
 
 def reward_loss(

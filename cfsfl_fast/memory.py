@@ -10,7 +10,7 @@ such answers learns to trust them too much. So training looks at P without the u
 
     P' = P + f q q^T,    q = P x_u,    f = w_u / (1 - w_u x_u^T q)                 (the ridge stays)
 
-Shapes    G, P [M, M]; kept histories x~ as CSR rows [B, M] with E entries; ids [B, K]; evidence [B, K, 16].
+Shapes    G, P [M, M]; kept histories x~ as CSR rows [B, M] with E entries; ids [B, K]; evidence [B, K, 19].
 Traffic   A history's scores read |x| rows of P: 4 M |x| bytes; evidence gathers |x| K entries of P.
 """
 
@@ -31,7 +31,7 @@ MAX_ITEMS = 60_000
 DOUBLE_ITEMS = 10_000
 """Up to so many items the inverse is computed in float64."""
 
-N_EVIDENCE = 16
+N_EVIDENCE = 19
 _BLOCK = 2048
 _LEAST = 1e-4  # what a logarithm sees of less
 
@@ -139,17 +139,20 @@ class ItemMemory(nn.Module):
             absence = Absence(q, factor, whole)
         return _add_at(-y / diagonal, kept, 1.0), absence
 
-    def evidence(self, kept: Interactions, ids: Tensor, first: int, absence: Absence | None = None) -> Tensor:
-        """What the histories say for each listed item: pooled b_ij, the item's and the history's size. [B, K, 16]
+    def evidence(
+        self, kept: Interactions, ids: Tensor, scores: Tensor, first: int, absence: Absence | None = None
+    ) -> Tensor:
+        """What is known for each listed item: pooled b_ij, sizes, the recommender's score, the place. [B, K, 19]
 
         With r_i = 1 / log(3 + n_i), n_i the users of an item, b+ = max(b, 0) and sums over i in x~, the columns are:
         sum b; sum min(b, 0); max b+; sum sqrt(b+); sum b+^2; sum r b; the log of sum b, max b+, sum r b, max r b+,
         sum sqrt(b+) and sum b+^2; sum b and sum r b in standard deviations from their mean over the list's `first`
-        items; log(1 + n_j); log(1 + |x~|).
+        items; log(1 + n_j); log(1 + |x~|); s; s in such standard deviations; log(1 + place in the list from 0).
 
         Args:
             kept: the histories x~.
             ids: the lists, -1 where they end. [B, K] int64
+            scores: s, the recommender's of the listed items. [B, K]
             first: items of the first page.
             absence: of `scores`, where the users are left out.
         """
@@ -186,7 +189,9 @@ class ItemMemory(nn.Module):
         page = (ids >= 0) & (torch.arange(ids.shape[1], device=ids.device) < first)
         columns = [e, negative, best, roots, squares, rare_e, *logs, _standard(e, page), _standard(rare_e, page)]
         size = kept.counts.float().log1p()[:, None].expand_as(e)
-        return torch.stack([*columns, mine.log1p(), size], 2).masked_fill_((ids < 0)[:, :, None], 0)
+        place = torch.arange(ids.shape[1], dtype=e.dtype, device=e.device).log1p().expand_as(e)
+        columns += [mine.log1p(), size, scores, _standard(scores, page), place]
+        return torch.stack(columns, 2).masked_fill_((ids < 0)[:, :, None], 0)
 
 
 class Absence:

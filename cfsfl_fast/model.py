@@ -382,9 +382,13 @@ class CFSFL(nn.Module):
         """The virtual user's answer to the recommender's scores of every item."""
         assert self.memory is not None
         steps = self._n_steps(steps)
-        u, output = self._loop(x, 0).code.u, self.output_table()
-        s = F.linear(u.to(output.weight.dtype), output.weight, output.bias).to(u.dtype)
+        s = self.plain_scores(x)
         return judging.answer(self.memory, weights(self.reward), s, x, shut, steps, self.config.top_k)
+
+    def plain_scores(self, x: Interactions) -> Tensor:
+        """s^0 of every item, which knows neither loop nor item memory. [B, M]"""
+        u, output = self._loop(x, 0).code.u, self.output_table()
+        return F.linear(u.to(output.weight.dtype), output.weight, output.bias).to(u.dtype)
 
     def _judged_list(
         self,

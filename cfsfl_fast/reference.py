@@ -235,14 +235,15 @@ def item_memory(x: Tensor, ridge: float, absent: int | None = None) -> Tensor:
     return gram.inverse()
 
 
-def evidence(precision: Tensor, counts: Tensor, kept: Tensor, ids: Tensor, first: int) -> Tensor:
-    """What the items `kept` say for each item of one list, b_ij = -P_ij / P_jj. [K, 16]; columns as in `memory`.
+def evidence(precision: Tensor, counts: Tensor, kept: Tensor, ids: Tensor, scores: Tensor, first: int) -> Tensor:
+    """What is known for each item of a list from the items `kept`, b_ij = -P_ij / P_jj; columns as in `memory`. [K, 19]
 
     Args:
         precision: P. [M, M]
         counts: users of every item, those asking left out. [M]
         kept: items of the history. [N] int64
         ids: the list. [K] int64, no padding
+        scores: s, the recommender's of the list. [K]
         first: items of the first page.
     """
     b = -precision[kept][:, ids] / precision.diagonal()[ids]  # [N, K]
@@ -263,6 +264,7 @@ def evidence(precision: Tensor, counts: Tensor, kept: Tensor, ids: Tensor, first
     logs = [v.clamp_min(1e-4).log() for v in (e, best, rare, rare_best, roots, squares)]
     columns = [e, b.clamp_max(0).sum(0), best, roots, squares, rare, *logs, standard(e), standard(rare)]
     columns += [counts[ids].log1p(), torch.full_like(e, len(kept)).log1p()]
+    columns += [scores, standard(scores), torch.arange(len(ids), dtype=e.dtype).log1p()]
     return torch.stack(columns, 1)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfsfl_fast.baselines import BASELINES
-from cfsfl_fast.config import PRESETS, RECOMMENDER_NAMES, CFSFLConfig
+from cfsfl_fast.config import LATER_FIELDS, PRESETS, RECOMMENDER_NAMES, CFSFLConfig
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.experiments import Experiment, Row
 from cfsfl_fast.tables import Published
@@ -29,7 +29,8 @@ def loop(fields: Mapping[str, Any]) -> int:
 
 def _name(fields: Mapping[str, Any]) -> str:
     recommender = CFSFLConfig.from_dict(dict(fields)).recommender
-    return next((name for name, found in RECOMMENDERS.items() if found == {"recommender": recommender}), recommender)
+    named = {found["recommender"]: name for name, found in RECOMMENDERS.items() if len(found) == 1}
+    return named.get(recommender) or LABELS[recommender]
 
 
 LABELS = {
@@ -52,8 +53,15 @@ def table3(fields: Mapping[str, Any]) -> Experiment:
         Row(LABELS.get(baseline, baseline), baseline=baseline, controls=(on,), published=LABELS.get(baseline, ""))
         for baseline in BASELINES
     ]
+    best = {field: value for field, value in PRESETS["best"].items() if field != "control"}
+    own = {best["recommender"]: {field: value for field, value in best.items() if field not in LATER_FIELDS}}
     rows += [
-        Row(LABELS[other], {"recommender": other, "steps": 0}, controls=(on,), published=LABELS[other])
+        Row(
+            LABELS[other],
+            {**own.get(other, {}), "recommender": other, "steps": 0},
+            controls=(on,),
+            published=LABELS[other],
+        )
         for other in RECOMMENDER_NAMES
         if other in LABELS
     ]
@@ -63,7 +71,6 @@ def table3(fields: Mapping[str, Any]) -> Experiment:
         Row(f"{name}+R", {"steps": 0, "joint": "always"}, controls=(on,), published=f"{name}+R"),
         Row(f"CF-SFL, T = {steps}", {}, controls=(on,), published="CF-SFL" if name == "VAE" else ""),
     ]
-    best = {name: value for name, value in PRESETS["best"].items() if name != "control"}
     base = f"{_name(best)} + memory"
     rows += [
         Row(f"{base}, preset best at T = 0", best, part=base, controls=(on,)),

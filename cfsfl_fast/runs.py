@@ -21,7 +21,7 @@ from cfsfl_fast.distributed import Mesh, local_size
 from cfsfl_fast.evaluation import Evaluation, evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.metrics import Mean, mean
-from cfsfl_fast.model import ITEM_TABLES
+from cfsfl_fast.model import CFSFL, ITEM_TABLES
 from cfsfl_fast.plan import plan
 from cfsfl_fast.scarcity import OutOfMemoryError, free_memory
 from cfsfl_fast.sharded import Shard
@@ -167,6 +167,28 @@ class Run(Trainer):
         checkpoint.check_tensors(path, tensors, mine)
         self.model.load_state_dict(tensors)
 
+    def keep_fold(self, number: int, model: CFSFL) -> None:
+        """Writes a fold's weights beside the stage's, from where a run that goes on has them."""
+        tensors = model.state_dict()
+        self.mesh.everyone.first(lambda: checkpoint.write_tensors(self._fold(number), tensors, {}))
+
+    def restore_fold(self, number: int, model: CFSFL) -> bool:
+        """Reads a fold's weights, where they are written."""
+        path = self._fold(number)
+        if not self.mesh.everyone.first(path.exists):
+            return False
+        tensors, _ = checkpoint.read_tensors(path)
+        checkpoint.check_tensors(path, tensors, model.state_dict())
+        model.load_state_dict(tensors)
+        return True
+
+    def _forget_folds(self) -> None:
+        for number in range(self.config.folds):
+            self._fold(number).unlink(missing_ok=True)
+
+    def _fold(self, number: int) -> Path:
+        return self.out / "stages" / "reward" / f"fold-{number}.safetensors"
+
     def log_epoch(self, record: Epoch) -> None:
         """A line of metrics.jsonl."""
         super().log_epoch(record)
@@ -199,6 +221,7 @@ class Run(Trainer):
         if memory is not None:
             tensors = memory.tensors()
             self.mesh.everyone.first(lambda: checkpoint.write_tensors(self.out / checkpoint.MEMORY, tensors, {}))
+            self.mesh.everyone.first(self._forget_folds)
         if stage != "control" and (stage != "reward" or memory is not None):
             self._write_model(self.out)
         self._write_state({})

@@ -6,6 +6,7 @@ In memory; `runs.Run` keeps the same in a folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -22,6 +23,7 @@ from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.datasets import HeldOut
 from cfsfl_fast.distributed import ALONE, Group
 from cfsfl_fast.evaluation import Evaluation, evaluate
+from cfsfl_fast.folds import Folds, parts
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.metrics import Mean
 from cfsfl_fast.model import CFSFL, ITEM_TABLES
@@ -40,6 +42,9 @@ feedback="scores" the reward's is the last.
 MEMORY_WEIGHTS = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 RECOMMENDER_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Of `judging`'s beta and alpha: what validation users choose among."""
+
+UNCHOSEN_WEIGHT = 40.0
+"""beta where there are none."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class Trainer:
         self.progress: dict[str, Any] = {"stage": STAGES[0], "epoch": 0, "step": 0, "best": {}}
         self.optimisers: Optimisers | None = None
         self.kept: dict[str, dict[str, Tensor]] = {}
+        self.folds: Folds | None = None
+        self.label = ""
 
     @property
     def stages(self) -> list[str]:
@@ -208,6 +215,7 @@ class Trainer:
                 self._keep_best(stage, 0, ranked)
         elif judged:
             self.remember()
+            self.train_folds()
         while self.progress["epoch"] < n_epochs and not self._out_of_patience(stage, ranked):
             epoch = self.progress["epoch"] + 1
             self._done(stage, epoch, self._epoch(stage, epoch, n_epochs), ranked)
@@ -226,10 +234,42 @@ class Trainer:
             self.model.memory.fit(self.histories, self.config.memory_ridge)
 
     def prepare_judging(self) -> None:
-        """Fills the item memory, measures its evidence, and weighs memory against recommender for T = 0."""
+        """Fills the item memory, weighs it against the recommender for T = 0, and measures the evidence."""
         self.remember()
-        prepare_item_reward(self.model, self.histories)
+        assert self.model.memory is not None
+        self.model.memory.weight.fill_(UNCHOSEN_WEIGHT)
         self._weigh("weight", MEMORY_WEIGHTS, 0)
+        prepare_item_reward(self.model, self.train_folds(), self.histories)
+
+    def train_folds(self) -> Folds:
+        """Trains the recommenders that the item reward learns beside, as long as stage 1's best weights were."""
+        config, histories = self.config, self.histories
+        part = parts(len(histories), config.folds, config.seed).to(self.device)
+        best = max(1, self.progress["best"][STAGES[0]]["epoch"])
+        models = []
+        for number in range(config.folds):
+            others = histories.take((part != number).nonzero().squeeze(1))
+            anneal = max(1, round(int(config.anneal_steps) * len(others) / max(1, len(histories))))
+            theirs = dataclasses.replace(
+                config, feedback="embedding", steps=0, joint="auto", epochs=(best, 0, 0), anneal_steps=anneal
+            )
+            model = fresh_model(
+                self.model.n_items,
+                theirs,
+                device=self.device,
+                backend=self.model.backend,
+                precision=self.model.precision,
+                deterministic=self.model.deterministic,
+                graphs=self.model.graphs.mode,
+            )
+            if not self.restore_fold(number, model):
+                trainer = Trainer(model, others, None, show_progress=self.show_progress, group=self.group)
+                trainer.label = f"without part {number + 1} of {config.folds}: "
+                trainer.run()
+                self.keep_fold(number, model)
+            models.append(model.eval().requires_grad_(False))
+        self.folds = Folds(models, part)
+        return self.folds
 
     def _weigh(self, name: str, choices: tuple[float, ...], steps: int) -> None:
         """Gives the item memory the weight that is best on validation users; without them it stays."""
@@ -259,7 +299,7 @@ class Trainer:
         shown = (
             {} if best is None or math.isnan(best) else {"val": f"{self.progress['last']:.4f}", "best": f"{best:.4f}"}
         )
-        label = f"{self.systems['joint'] if stage == 'joint' else stage} {epoch}/{n_epochs}"
+        label = f"{self.label}{self.systems['joint'] if stage == 'joint' else stage} {epoch}/{n_epochs}"
         with bar(shown=self.show_progress, total=n_users, desc=label, unit=" users", leave=False) as shown_bar:
 
             def tick(users: int, loss: Any) -> None:
@@ -287,6 +327,7 @@ class Trainer:
                     self.progress["step"],
                     tick,
                     self.group,
+                    self.folds if stage == "reward" else None,
                 )
         self.group.check_same(list(self.model.parameters()), "the weights")
         if self.model.shard is not None:
@@ -350,6 +391,7 @@ class Trainer:
         if stage == "reward" and self.config.judges_items:
             self._weigh("recommender_weight", RECOMMENDER_WEIGHTS, self.config.steps)
             self.keep(stage)
+        self.folds = None
         if stage == "recommender":
             self.progress["first_step"] = self.progress["step"]
         self._leave(stage)
@@ -373,10 +415,19 @@ class Trainer:
         """Gives the model a stage's best weights."""
         self.model.load_state_dict(self.kept[stage])
 
+    def keep_fold(self, number: int, model: CFSFL) -> None:
+        """Keeps a fold's recommender until the stage is over."""
+
+    def restore_fold(self, number: int, model: CFSFL) -> bool:
+        """Gives a model a fold's weights, where they were kept."""
+        return False
+
     def log_epoch(self, record: Epoch) -> None:
         """Notes an epoch's figures."""
         found = {**record.figures, **{name: mean.value for name, mean in (record.validation or {}).items()}}
-        log.info("%s %d: %s", record.stage, record.epoch, ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        log.info(
+            "%s%s %d: %s", self.label, record.stage, record.epoch, ", ".join(f"{k} {v:.4g}" for k, v in found.items())
+        )
 
     def save_state(self) -> None:
         """Keeps what resuming after the epoch needs."""

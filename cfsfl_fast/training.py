@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cfsfl_fast import backends, judging, losses, noise, ops
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.distributed import ALONE, Group
+from cfsfl_fast.folds import Folds
 from cfsfl_fast.graphs import Graphs, capacity
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.lookups import gradients_by_rows
@@ -29,9 +30,6 @@ from cfsfl_fast.virtual_user import weights
 
 DROPOUT, LATENT, SHOWN, NEGATIVE = 1, 2, 3, 4
 """Streams of random numbers."""
-
-UNCHOSEN_WEIGHT = 40.0
-"""Of the item memory beside the recommender, where no validation users choose it."""
 
 SHARE_SHOWN = 0.8
 """Of a history, when an item reward learns: as much as held-out users show of theirs."""
@@ -207,11 +205,12 @@ def reward_step(model: CFSFL, batch: View, lists: Lists, group: Group = ALONE) -
 
 
 def item_reward_step(
-    model: CFSFL, whole: Interactions, users: Tensor, keys: Sequence[int | Tensor], group: Group = ALONE
+    model: CFSFL, folds: Folds, whole: Interactions, users: Tensor, keys: Sequence[int | Tensor], group: Group = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of the item reward on lists from a part of each history, real being what is listed of the rest.
 
     Args:
+        folds: what recommends to each user here.
         whole: the users' histories.
         users, keys: of the random numbers that choose the part.
 
@@ -222,7 +221,8 @@ def item_reward_step(
     assert model.memory is not None
     with torch.no_grad():
         kept, targets = shown(whole, users, *keys)
-        ids, evidence = judging.lists(model.memory, kept, whole, model.config.steps, model.config.top_k)
+        scores = folds.scores(kept, users)
+        ids, evidence = judging.lists(model.memory, scores, kept, whole, model.config.steps, model.config.top_k)
     return judging.reward_loss(model.memory, weights(model.reward), ids, evidence, targets, group)
 
 
@@ -233,23 +233,23 @@ def shown(whole: Interactions, users: Tensor, *keys: int | Tensor) -> tuple[Inte
 
 
 @torch.no_grad()
-def prepare_item_reward(model: CFSFL, histories: Interactions) -> None:
-    """Fills the model's item memory, and measures each column of the evidence on 1,000 users.
+def prepare_item_reward(model: CFSFL, folds: Folds, histories: Interactions) -> None:
+    """Measures each column of the evidence on 1,000 users.
 
     Args:
+        model: its item memory is filled and weighted.
+        folds: what recommends to each user.
         histories: of the training users.
     """
     memory, config = model.memory, model.config
     assert memory is not None
-    if memory.is_empty:
-        memory.fit(histories, config.memory_ridge)
-    memory.weight.fill_(UNCHOSEN_WEIGHT)
     chosen = noise.uniform(SHOWN, config.seed, torch.arange(len(histories))).argsort()[:1000]
     total = memory.centre.new_zeros(3, len(memory.centre), dtype=torch.float64)
     for users in chosen.split(100):
         whole = histories.take(users)
-        kept, _ = shown(whole, users.to(histories.items.device), config.seed)
-        ids, evidence = judging.lists(memory, kept, whole, config.steps, config.top_k)
+        users = users.to(histories.items.device)
+        kept, _ = shown(whole, users, config.seed)
+        ids, evidence = judging.lists(memory, folds.scores(kept, users), kept, whole, config.steps, config.top_k)
         rows = evidence[ids >= 0].double()
         total += torch.stack([torch.ones_like(rows), rows, rows.square()]).sum(1)
     n, first, second = total[0].clamp_min(1), total[1], total[2]
@@ -369,7 +369,13 @@ class Updates:
     """
 
     def __init__(
-        self, model: CFSFL, histories: Interactions, optimisers: Optimisers, stage: str, group: Group = ALONE
+        self,
+        model: CFSFL,
+        histories: Interactions,
+        optimisers: Optimisers,
+        stage: str,
+        group: Group = ALONE,
+        folds: Folds | None = None,
     ) -> None:
         if model.precision == "bf16" and model.recommender.likelihood is not multinomial:
             raise ValueError(
@@ -382,6 +388,7 @@ class Updates:
                 f"would share; train it in one"
             )
         self.model, self.optimisers, self.stage, self.group = model, optimisers, stage, group
+        self.folds = folds
         self.given = histories
         self.histories = histories.padded(len(histories) + 1)  # nobody's row is the last
         device = histories.items.device
@@ -428,7 +435,13 @@ class Updates:
                     backends.resolve(users.device),
                     self.model.recommender.phase,
                 ),
-                reads=[*self.model.parameters(), *self.model.buffers(), self.histories.items, self.keys],
+                reads=[
+                    *self.model.parameters(),
+                    *self.model.buffers(),
+                    self.histories.items,
+                    self.keys,
+                    *(self.folds.tensors() if self.folds else ()),
+                ],
             )
 
     @property
@@ -464,8 +477,10 @@ class Updates:
             found[0] = loss.detach()
             self.step += 1
         if optimisers.reward is not None and config.judges_items:
+            assert self.folds is not None
             users = self.group.part(batches[0], -1)
-            loss, real, fake = item_reward_step(model, self._whole(users), users, self.keys.unbind(), self.group)
+            whole, keys = self._whole(users), self.keys.unbind()
+            loss, real, fake = item_reward_step(model, self.folds, whole, users, keys, self.group)
             update(optimisers.reward, loss, self.group)
             found[1:] = torch.stack([loss.detach(), real, fake])
         elif optimisers.reward is not None:
@@ -490,6 +505,7 @@ def run_epoch(
     step: int,
     tick: Callable[[int, Callable[[], float]], None],
     group: Group = ALONE,
+    folds: Folds | None = None,
 ) -> tuple[EpochSums, int]:
     """One epoch of a stage. Nothing waits for the device before its end, but where `tick` reads a loss.
 
@@ -501,6 +517,7 @@ def run_epoch(
         step: updates of the recommender so far.
         tick: called after each batch with its number of users and a function that reads the last loss.
         group: processes that share every batch.
+        folds: what recommends to users while an item reward learns.
 
     Returns:
         Sums over users, and the updates so far.
@@ -509,7 +526,7 @@ def run_epoch(
     assert isinstance(B, int)
     updates = optimisers.updates
     if updates is None or (updates.model, updates.given, updates.stage) != (model, histories, stage):
-        updates = optimisers.updates = Updates(model, histories, optimisers, stage, group)
+        updates = optimisers.updates = Updates(model, histories, optimisers, stage, group, folds)
     # The reward estimator's own batch is the one half an epoch on.
     orders, room = [order, order.roll(-(len(order) // 2))], None
     if updates.fixed:

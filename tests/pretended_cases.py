@@ -23,6 +23,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from triton.runtime.jit import JITFunction
 
 from cfsfl_fast import CFSFL, CFSFLConfig, backends
+from cfsfl_fast.folds import Folds
 from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.kernels import resting, tile
@@ -106,7 +107,10 @@ def test_an_update(choices: dict[str, Any], precision: str, backend: str, launch
         if model.memory is not None and stage == "joint":
             continue  # its loop has no part in the recommender's training
         model.backend, model.precision = backend, precision
-        updates = Updates(model, rows(50), Optimisers(model, stage), stage)
+        folds = Folds([make(**choices).eval() for _ in range(2)], torch.empty(50, dtype=torch.int64, device=DEVICE))
+        for other in folds.models:
+            other.backend, other.precision = backend, precision
+        updates = Updates(model, rows(50), Optimisers(model, stage), stage, folds=folds)
         updates.begin(3, (1, 2), ROOM)
         users = torch.empty(B, dtype=torch.int64, device=DEVICE)
         updates(users, users)

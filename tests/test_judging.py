@@ -16,6 +16,7 @@ from cfsfl_fast import CFSFL, CFSFLConfig, CFSFLRecommender, checkpoint, judging
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.export import exported
+from cfsfl_fast.folds import Folds, parts
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.runs import Run
 from cfsfl_fast.training import item_reward_step, prepare_item_reward, shown
@@ -35,9 +36,24 @@ def build(**choices: Any) -> CFSFL:
     """A model that has looked at its users, with an item reward of random weights."""
     torch.manual_seed(1)
     model = CFSFL.from_config(M, CFSFLConfig.preset("best", **{**SIZES, **choices})).eval()
-    prepare_item_reward(model, as_interactions(clusters(), M))
     assert model.memory is not None
+    x = as_interactions(clusters(), M)
+    model.memory.fit(x, model.config.memory_ridge)
     model.memory.weight.fill_(5.0)
+    prepare_item_reward(model, strangers(len(x)), x)
+    return model
+
+
+def strangers(n: int) -> Folds:
+    """Two recommenders with random weights that are large enough to matter."""
+    torch.manual_seed(2)
+    models = [plain_model(CFSFLConfig.preset("best", **SIZES)) for _ in range(2)]
+    return Folds(models, parts(n, 2, 3))
+
+
+def plain_model(config: CFSFLConfig) -> CFSFL:
+    model = CFSFL.from_config(M, dataclasses.replace(config, feedback="embedding")).eval()
+    model.recommender.output.weight.data *= 3
     return model
 
 
@@ -133,12 +149,14 @@ def test_a_step_without_a_memory_is_refused() -> None:
 
 def test_the_reward_learns_from_what_was_hidden_of_users_who_are_left_out() -> None:
     model, whole, users = build(), rows(), torch.arange(30)
-    loss, real, others = item_reward_step(model, whole, users, (5, 6))
+    folds = strangers(30)
+    loss, real, others = item_reward_step(model, folds, whole, users, (5, 6))
     kept, targets = shown(whole, users, 5, 6)
     share = len(kept.items) / len(whole.items)
     assert 0.7 < share < 0.9
     assert len(kept.items) + len(targets.items) == len(whole.items)
-    scores, _ = model.memory.scores(kept, whole)
+    s = torch.stack([folds.models[folds.part[b]](kept, steps=0)[b] for b in range(30)])
+    scores = s + 5 * model.memory.scores(kept, whole)[0]
     losses, rewards = [], {True: [], False: []}
     for b in range(30):
         mine = kept.take(torch.tensor([b])).items
@@ -148,7 +166,7 @@ def test_the_reward_learns_from_what_was_hidden_of_users_who_are_left_out() -> N
             continue
         only = Interactions(mine, torch.tensor([0, len(mine)]), M)
         them = model.memory.scores(only, whole.take(torch.tensor([b])))[1]
-        evidence = model.memory.evidence(only, torch.tensor([order]), K, them)
+        evidence = model.memory.evidence(only, torch.tensor([order]), s[b, order][None], K, them)
         g = judging.judged(model.memory, weights(model.reward), evidence)[0]
         y = torch.tensor([float(j in hidden) for j in order])
         losses.append(F.binary_cross_entropy_with_logits(g, y, reduction="none"))
@@ -165,7 +183,8 @@ def test_the_reward_learns_from_what_was_hidden_of_users_who_are_left_out() -> N
 def test_gradients_of_the_reward() -> None:
     model, whole = build(), rows(8)
     kept, targets = shown(whole, torch.arange(8), 1)
-    ids, evidence = judging.lists(model.memory, kept, whole, T, K)
+    scores = strangers(8).scores(kept, torch.arange(8))
+    ids, evidence = judging.lists(model.memory, scores, kept, whole, T, K)
     memory = model.memory.double()
     flat = [t.detach().double().requires_grad_() for layer in weights(model.reward) for t in layer]
 
@@ -179,10 +198,11 @@ def test_gradients_of_the_reward() -> None:
 def test_evidence_is_standardised_on_training_users() -> None:
     model = build()
     x = as_interactions(clusters(), M)
-    kept, _ = shown(x, torch.arange(len(x)), model.config.seed)
-    ids, evidence = judging.lists(model.memory, kept, x, T, K)
+    everyone = torch.arange(len(x))
+    kept, _ = shown(x, everyone, model.config.seed)
+    ids, evidence = judging.lists(model.memory, strangers(len(x)).scores(kept, everyone), kept, x, T, K)
     seen = (evidence[ids >= 0] - model.memory.centre) / model.memory.spread
-    torch.testing.assert_close(seen.mean(0), torch.zeros(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(19), atol=1e-3, rtol=0)
     # columns that do not vary stay 0
     assert bool(((seen.std(0) - 1).abs() < 1e-2).logical_or(seen.std(0) < 1e-2).all())
 
@@ -194,11 +214,11 @@ def test_a_run_learns_resumes_and_reports(toy: Dataset, tmp_path: Path) -> None:
     config = CFSFLConfig.preset("best", **QUICK)
     whole = Run(toy, tmp_path / "whole", config, show_progress=False)
     report = whole.train()
-    assert list(report["test"]) == ["most popular", "VAE", "VAE + memory", "CF-SFL, scores"]
-    assert report["gain"]["over"] == "VAE + memory"
+    assert list(report["test"]) == ["most popular", "RecVAE", "RecVAE + memory", "CF-SFL, scores"]
+    assert report["gain"]["over"] == "RecVAE + memory"
     plain = CFSFL.from_pretrained(tmp_path / "whole" / "stages" / "recommender")  # a folder without a memory
     alone = evaluate(plain.recommend, toy.test.fold_in, toy.test.targets).summary()
-    assert report["test"]["VAE"] == {name: list(found) for name, found in alone.items()}
+    assert report["test"]["RecVAE"] == {name: list(found) for name, found in alone.items()}
     assert report["test"]["CF-SFL, scores"]["NDCG@100"][0] > 2 * report["test"]["most popular"]["NDCG@100"][0]
     lines = [line for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines() if '"reward"' in line]
     assert len(lines) == 7

@@ -29,10 +29,10 @@ ALLOWED = {
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}
     | {"interactions", "metrics", "model", "plan", "resharding", "scarcity", "sharded", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
-    | {"progress", "scarcity", "sharded", "training"},
+    | {"folds", "progress", "scarcity", "sharded", "training"},
     "row_adam": set(),
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
-    | {"lookups", "noise", "ops", "recommenders", "row_adam", "virtual_user"},
+    | {"folds", "lookups", "noise", "ops", "recommenders", "row_adam", "virtual_user"},
     "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
     | {"training"},
     "holdout": {"datasets", "interactions"},
@@ -41,6 +41,7 @@ ALLOWED = {
     "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
     | {"distributed", "item_rows", "numerics", "recommenders", "resharding", "scarcity", "sharded", "virtual_user"},
     "resharding": {"checkpoint", "distributed", "files", "sharded"},
+    "folds": {"interactions", "model", "noise"},
     "judging": {"distributed", "interactions", "losses", "memory", "ops"},
     "memory": {"interactions", "inverse", "ops"},
     "inverse": {"progress"},

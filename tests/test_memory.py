@@ -86,12 +86,13 @@ def test_evidence_is_what_the_specification_says(absent: bool) -> None:
     whole = as_interactions(x, M) if absent else None
     scores, absence = memory.scores(rows, whole)
     ids = scores.sort(1, descending=True).indices[:, :9]
-    found = memory.evidence(rows, ids, 4, absence)
+    s = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
+    found = memory.evidence(rows, ids, s, 4, absence)
     assert found.shape == (U, 9, N_EVIDENCE)
     for u in range(U):
         P = reference.item_memory(x, RIDGE, absent=u if absent else None)
         counts = x.sum(0) - (x[u] if absent else 0)
-        expected = reference.evidence(P, counts, kept[u].nonzero().squeeze(1), ids[u], 4)
+        expected = reference.evidence(P, counts, kept[u].nonzero().squeeze(1), ids[u], s[u].double(), 4)
         torch.testing.assert_close(found[u].double(), expected, rtol=2e-3, atol=2e-3)
 
 
@@ -105,7 +106,8 @@ def test_room_behind_rows_changes_nothing() -> None:
     assert torch.equal(scores, more)
     ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :9]
     ids[:, 8] = -1
-    one, other = memory.evidence(plain[0], ids, 4, absence), memory.evidence(roomy[0], ids, 4, also)
+    s = torch.arange(9.0).expand(ids.shape)
+    one, other = memory.evidence(plain[0], ids, s, 4, absence), memory.evidence(roomy[0], ids, s, 4, also)
     assert torch.equal(one, other)
     assert torch.equal(one[:, 8], torch.zeros(U, N_EVIDENCE))
 
@@ -115,11 +117,12 @@ def test_a_user_alone_has_the_bits_of_a_user_among_others() -> None:
     memory, rows = fitted(x), as_interactions(x, M)
     scores, _ = memory.scores(rows)
     ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :9]
-    found = memory.evidence(rows, ids, 4)
+    s = torch.arange(9.0).square().expand(ids.shape)
+    found = memory.evidence(rows, ids, s, 4)
     for u in range(U):
         alone = rows.take(torch.tensor([u]))
         assert torch.equal(memory.scores(alone)[0][0], scores[u])
-        assert torch.equal(memory.evidence(alone, ids[u : u + 1], 4)[0], found[u])
+        assert torch.equal(memory.evidence(alone, ids[u : u + 1], s[:1], 4)[0], found[u])
 
 
 def test_too_many_items_are_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfsfl_fast import CFSFL, CFSFLConfig, backends, library, ops, reference
+from cfsfl_fast.folds import Folds
 from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.training import Optimisers, prepare_item_reward, run_epoch
@@ -106,12 +107,15 @@ CHOICES: list[dict[str, Any]] = [
 def test_an_update_waits_for_nothing(choices: dict[str, Any]) -> None:
     model = make(**choices)
     x = as_interactions(clusters(16), 40)
-    stages = ["recommender", "reward", "joint"]
+    stages, folds = ["recommender", "reward", "joint"], None
     if model.config.feedback == "scores":
-        prepare_item_reward(model, x)
+        folds = Folds([make(**choices).eval()], torch.zeros(16, dtype=torch.int64))
+        model.memory.fit(x, 1.0)
+        prepare_item_reward(model, folds, x)
         stages.pop()  # its loop has no part in the recommender's training
     for stage in stages:
-        run_epoch(model, x, Optimisers(model, stage), stage, torch.arange(16), (1, 2), 0, lambda n, loss: None)
+        optimisers = Optimisers(model, stage)
+        run_epoch(model, x, optimisers, stage, torch.arange(16), (1, 2), 0, lambda n, loss: None, folds=folds)
 
 
 @pytest.mark.parametrize("action", ["straight_through", "softmax"])
