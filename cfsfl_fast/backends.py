@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "cpp", "torch", "reference")
 
+OLDEST = (8, 0)
+"""Compute capability from which on the Triton kernels run: earlier GPUs have neither bf16 nor the shared memory."""
+
 _shard: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("cfsfl_shard", default=None)
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("cfsfl_backend", default=None)
 
@@ -41,6 +44,11 @@ def why_not(backend: str, device: torch.device) -> str | None:
     if backend == "triton":
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"the Triton kernels run on a CUDA device, the tensors are on {device}"
+        if device.type == "cuda" and torch.version.hip:
+            return "the Triton kernels hold instructions of NVIDIA GPUs, this torch is built for AMD's"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            return f"the Triton kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, {device} has {found}"
         return _load("cfsfl_fast.kernels")[1]
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
 

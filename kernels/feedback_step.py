@@ -31,10 +31,12 @@ from cfsfl_fast import library
 from cfsfl_fast.kernels.linear_topk import empty_lists, list_of_user, pending, store_list
 from cfsfl_fast.kernels.scores import LoopState
 from cfsfl_fast.kernels.tile import (
+    CSR,
     MAX_K,
     add_listed_rows,
     covers,
     dot_precision,
+    on_its_device,
     power_of_two,
     row_tile,
     rows_first,
@@ -42,7 +44,6 @@ from cfsfl_fast.kernels.tile import (
     weights_of_list,
 )
 
-CSR = tuple[Tensor, Tensor]
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 GROUP = 16
@@ -95,7 +96,7 @@ def hand_on(x_ptr, x, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 def feedback_step_fwd_kernel(
     v_ptr, logit_ptr, h_ptr, ids_ptr, best_ptr, w_ptr, next_ptr,    # out [B, V], [B], [B, D], [B, K] x 3, [B, H]
     scores_ptr, buffer_ptr, found_ptr, run_ptr,                     # scratch: the pending lists
-    ticket_ptr, hidden_ptr,                                         # scratch [B / G], [B / G, 2, G, BLOCK_F]
+    ticket_ptr, one_ptr, two_ptr,                                   # scratch [B / G], [B / G, G, BLOCK_F] twice
     old_v_ptr, old_logit_ptr, old_h_ptr, old_ids_ptr, old_best_ptr, old_w_ptr, old_next_ptr,    # in: the step before's
     moved_ptr, active_ptr, open_ptr,                                # [B], [1], [B]; active becomes 0
     items_ptr, offsets_ptr,                                         # excluded [E], [B + 1]
@@ -161,7 +162,7 @@ def feedback_step_fwd_kernel(
                 anyone = tl.max(tl.load(moved_ptr + group * GROUP + g, mask=g < size, other=0), 0) != 0
             if anyone:
                 respond(
-                    v_ptr, logit_ptr, next_ptr, hidden_ptr, h_ptr,
+                    v_ptr, logit_ptr, next_ptr, one_ptr, two_ptr, h_ptr,
                     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr,
                     f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr, hoisted_ptr, wv_ptr,
                     group, B, D, R0, R1, R2, F0, F1, V, H,
@@ -185,7 +186,7 @@ def copy(to_ptr, from_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def respond(
-    v_ptr, logit_ptr, next_ptr, hidden_ptr,
+    v_ptr, logit_ptr, next_ptr, one_ptr, two_ptr,
     h_ptr,
     r0_ptr, q0_ptr, r1_ptr, q1_ptr, r2_ptr, q2_ptr, r3_ptr, q3_ptr,
     f0_ptr, c0_ptr, f1_ptr, c1_ptr, f2_ptr, c2_ptr,
@@ -201,8 +202,8 @@ def respond(
     every = tl.full((GROUP,), 1, tl.int1)
     g = g.to(tl.int64)
     h_ptr += group.to(tl.int64) * GROUP * D
-    one = hidden_ptr + group.to(tl.int64) * 2 * GROUP * BLOCK_F
-    two = one + GROUP * BLOCK_F
+    one = one_ptr + group.to(tl.int64) * GROUP * BLOCK_F
+    two = two_ptr + group.to(tl.int64) * GROUP * BLOCK_F
 
     f = tl.arange(0, BLOCK_F)
     x = layer(h_ptr, in_b, r0_ptr, q0_ptr, D, R0, stride_r0, BLOCK_D, BLOCK_F, BLOCK_I, GROUP, PREC)
@@ -285,6 +286,7 @@ def row_dot_fwd_kernel(
 # Launchers
 
 
+@on_its_device
 def feedback_step(
     u: Tensor,
     weight: Tensor,
@@ -324,14 +326,14 @@ def feedback_step(
     old = state.answers if resting and state.answers is not None else out
     moved = block.found if block.seen is None else block.seen.moved
     BLOCK_F, precision = power_of_two(max(shapes[:3] + shapes[4:])), dot_precision(u.dtype)
-    hidden = state.empty("hidden", (triton.cdiv(B, GROUP), 2, GROUP, BLOCK_F), torch.float32, u)
+    hidden = state.empty("hidden", (2, triton.cdiv(B, GROUP), GROUP, BLOCK_F), torch.float32, u)
     ticket = state.zeros("ticket", (triton.cdiv(B, GROUP),), torch.int32, u)
     hx, lookup = rows_first(hx), rows_first(lookup)
-    pairs = [(rows_first(a), b) for a, b in (*reward, *feedback)] if dense else [(h, h)] * 7
+    pairs = [(rows_first(a), rows_first(b)) for a, b in (*reward, *feedback)] if dense else [(h, h)] * 7
     hoisted, wv = rows_first(hoisted), rows_first(wv)
     r0, r1, r2, _, f0, f1, f2 = (a for a, _ in pairs)
     feedback_step_fwd_kernel[(B,)](
-        *out, *block.scratch(), ticket, hidden, *old, moved, *block.inputs(),
+        *out, *block.scratch(), ticket, *hidden, *old, moved, *block.inputs(),
         hx, lookup, *(t for pair in pairs for t in pair), hoisted, wv,
         *block.sizes(k),
         B, D, *((*shapes[:3], *shapes[4:6]) if dense else (1,) * 5), V, H,
@@ -354,6 +356,7 @@ def feedback_step(
     return v, logit, ids, best, following, h, w
 
 
+@on_its_device
 def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -> tuple[Tensor, Tensor]:
     """Equation (16): h = hx + sum_k w_k lookup[ids_k] [B, D], and the weights w [B, K]."""
     if not covers(hx, lookup, scores):
@@ -371,6 +374,7 @@ def fuse(hx: Tensor, lookup: Tensor, ids: Tensor, scores: Tensor, action: str) -
     return h, w
 
 
+@on_its_device
 def row_dot(x: Tensor, table: Tensor, ids: Tensor) -> Tensor:
     """< x_b, table[ids_bk] >; padding ids (-1) give 0. [B, K]"""
     if not covers(x, table):

@@ -26,6 +26,7 @@ from torch import Tensor
 from cfsfl_fast.kernels.resting import Look, tile_of
 from cfsfl_fast.kernels.tile import (
     CAPACITY,
+    CSR,
     EMPTY,
     LOWEST,
     dot_precision,
@@ -39,8 +40,6 @@ from cfsfl_fast.kernels.tile import (
     vector,
     worst_of,
 )
-
-CSR = tuple[Tensor, Tensor]
 
 SAMPLE = 16
 """One item in so many is scored to find a threshold."""
@@ -143,6 +142,7 @@ def linear_filter_check_kernel(
     b = tl.program_id(0)
     if tl.load(open_ptr + b) != 0:
         found = tl.load(found_ptr + b)
+        tl.debug_barrier()  # every thread has loaded it before one stores it
         keys_ptr = buffer_ptr + b.to(tl.int64) * CAPACITY
         left = found
         if HAS_EXCLUDE:
@@ -170,11 +170,11 @@ def linear_filter_rescue_kernel(
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Equation (3). One program per user and share of the items; those of users with a certificate stop at once."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
     if (tl.load(found_ptr + b) < 0) & (tl.load(open_ptr + b) != 0):
         H, stride_u, stride_weight = H // VEC * VEC, stride_u // VEC * VEC, stride_weight // VEC * VEC
-        share = tl.cdiv(M, tl.num_programs(0))
-        start = tl.program_id(0) * share
+        share = tl.cdiv(M, tl.num_programs(1))
+        start = tl.program_id(1) * share
         stop = tl.minimum(start + share, M)
         first = tl.load(offsets_ptr + b) if HAS_EXCLUDE else 0
         last = tl.load(offsets_ptr + b + 1) if HAS_EXCLUDE else 0
@@ -189,7 +189,7 @@ def linear_filter_rescue_kernel(
             keys = tl.where(able, pack(s, m), EMPTY)
             if tl.max(keys, 0) > worst_of(run, K, K_LOG):
                 run = merge_keys(run, keys, K_LOG, CHUNK_LOG)
-        at = b * CAPACITY + tl.program_id(0) * 2**K_LOG + tl.arange(0, 2**K_LOG)
+        at = b * CAPACITY + tl.program_id(1) * 2**K_LOG + tl.arange(0, 2**K_LOG)
         tl.store(buffer_ptr + at, run)
 
 
@@ -238,7 +238,7 @@ def survivors(
         found, buffer, seen.open, items, offsets, k,
         HAS_EXCLUDE=exclude is not None, CAPACITY=CAPACITY, BLOCK=512, num_warps=4,
     )  # fmt: skip
-    linear_filter_rescue_kernel[(CAPACITY >> sizes["K_LOG"], B)](
+    linear_filter_rescue_kernel[(B, CAPACITY >> sizes["K_LOG"])](
         buffer, found, seen.open, u, weight, bias, items, offsets, M, H, k, u.stride(0), weight.stride(0),
         HAS_EXCLUDE=exclude is not None, VEC=vec, CAPACITY=CAPACITY,
         K_LOG=sizes["K_LOG"], CHUNK_LOG=sizes["CHUNK_LOG"], BLOCK_H=32, num_warps=4,

@@ -24,9 +24,18 @@ from torch import Tensor
 from cfsfl_fast import library
 from cfsfl_fast.kernels.linear_topk import Pending, empty_lists, launch, scratch
 from cfsfl_fast.kernels.scores import LoopState, chunk_width, chunks, product
-from cfsfl_fast.kernels.tile import ALIGN, LOWEST, MAX_K, covers, leave_out, round_up, rows_first
-
-CSR = tuple[Tensor, Tensor]
+from cfsfl_fast.kernels.tile import (
+    ALIGN,
+    CSR,
+    LOWEST,
+    MAX_K,
+    covers,
+    leave_out,
+    on_its_device,
+    packed,
+    round_up,
+    rows_first,
+)
 
 
 @triton.jit
@@ -123,6 +132,7 @@ def linear_nll_bwd_kernel(
 # Launchers
 
 
+@on_its_device
 def linear_nll(
     u: Tensor,
     weight: Tensor,
@@ -146,7 +156,8 @@ def linear_nll(
     ids, best = empty_lists(u, min(k, MAX_K))
     if B == 0:
         return nll, lse, empty_lists(u, k), None
-    state, u = state or LoopState(), rows_first(u)
+    state, u, bias = state or LoopState(), rows_first(u), rows_first(bias)
+    items, offsets, exclude = rows_first(items), rows_first(offsets), packed(exclude)
     width = chunk_width(u, M)
     whole = width >= M
     scores = u.new_empty(B, width) if whole else state.empty("scores", (B, width), u.dtype, u)
@@ -169,6 +180,7 @@ def linear_nll(
     return nll, lse, (ids, best), scores if whole else None
 
 
+@on_its_device
 def linear_nll_backward(
     dnll: Tensor,
     u: Tensor,
@@ -184,7 +196,8 @@ def linear_nll_backward(
     if not covers(u, weight, bias):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     B, M = len(u), len(weight)
-    u = rows_first(u)
+    u, lse, dnll = rows_first(u), rows_first(lse), rows_first(dnll)
+    items, offsets, exclude = rows_first(items), rows_first(offsets), packed(exclude)
     du = torch.zeros_like(u, dtype=torch.float32)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
@@ -194,7 +207,6 @@ def linear_nll_backward(
     scores = u.new_empty(B, width) if kept is None else kept
     state = LoopState() if kept is None and M % ALIGN else None
     gone = exclude or (items, offsets)
-    dnll = dnll.contiguous()
     for start, stop in chunks(M, width):
         if kept is None:
             product(u, weight, bias, start, stop, scores, state)

@@ -33,20 +33,21 @@ from cfsfl_fast.kernels.scores import LoopState, chunk_width, chunks, product
 from cfsfl_fast.kernels.tile import (
     ALIGN,
     CAPACITY,
+    CSR,
     EMPTY,
     MAX_K,
     covers,
     fold,
     item_of,
     leave_out,
+    on_its_device,
+    packed,
     round_up,
     rows_first,
     score_of,
     select_row,
     selection,
 )
-
-CSR = tuple[Tensor, Tensor]
 
 
 @triton.jit
@@ -190,7 +191,7 @@ def pending(
         What the last kernel needs, and whether users who have not moved are left out.
     """
     M = len(weight)
-    u = rows_first(u)
+    u, bias, exclude = rows_first(u), rows_first(bias), packed(exclude)
     first = turn is None or state.turn != (turn, u.shape, u.dtype)
     state.steps = 0 if first else state.steps + 1
     if turn is not None:
@@ -293,6 +294,7 @@ def empty_lists(u: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return u.new_empty((len(u), k), dtype=torch.int64), u.new_empty((len(u), k))
 
 
+@on_its_device
 def linear_topk(
     u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None, state: LoopState | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from cfsfl_fast import kernels
 from cfsfl_fast.kernels import resting, tile
+from cfsfl_fast.kernels.races import races
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHAPES = {"ml-20m": 20_108, "msd": 41_140, "wide": 1_000_000}
@@ -82,6 +83,7 @@ class Resources:
     spills: int  # loads and stores of local memory
     shared: int  # bytes
     warps: int
+    races: list[tuple[str, str]]  # of a program with itself, see `races`
     instructions: collections.Counter[str] = field(repr=False)
     sass: str = field(repr=False)
 
@@ -152,7 +154,8 @@ def compiled(launch: Launch, cc: int) -> Resources:
     names = re.findall(r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[.\s;]", sass, re.MULTILINE)
     counts = collections.Counter(names)
     spills = counts["LDL"] + counts["STL"]
-    return Resources(registers, max(spills, stack), built.metadata.shared, built.metadata.num_warps, counts, sass)
+    shared, warps, found = built.metadata.shared, built.metadata.num_warps, races(built.asm["ttgir"])
+    return Resources(registers, max(spills, stack), shared, warps, found, counts, sass)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -226,7 +229,7 @@ class Row(NamedTuple):
             "op": self.op, "kernel": self.kernel, "filtered": self.filtered,
             "shape": self.shape, "dtype": self.dtype, "target": self.cc,
             "registers": r.registers, "spills": r.spills, "shared": r.shared, "programs": r.programs,
-            "vectors": r.loads("128") + r.instructions["LDGSTS"], "instructions": r.instructions,
+            "vectors": r.loads("128") + r.instructions["LDGSTS"], "instructions": r.instructions, "races": r.races,
         }  # fmt: skip
 
 
@@ -292,6 +295,8 @@ def main() -> None:
             f"{row.kernel + ' (filtered)' * row.filtered:34} {row.shape:7} {row.dtype:5} {row.cc:3} {r.registers:5}"
             f" {r.spills:6} {r.shared:7} {r.warps:5} {r.programs:11} {r.loads('128'):8} {streams:>20}  {watched}"
         )
+        for argument, what in r.races:
+            print(f"  race: {argument} is {what}, without a barrier between")
 
 
 def size(dtype: str) -> int:

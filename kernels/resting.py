@@ -94,6 +94,7 @@ def look_fwd_kernel(
     if WIDE:
         if not FIRST:
             n = tl.load(found_ptr + b)
+            tl.debug_barrier()  # every thread has loaded it before one stores it
             if (moved != 0) & (n >= 0):
                 gone = tl.zeros((BLOCK_H,), tl.float32)
                 here = tl.zeros((BLOCK_H,), tl.float32)
@@ -136,19 +137,20 @@ def look_fwd_kernel(
 def linear_scores_fwd_kernel(
     scores_ptr,                                                 # out [B, N]: rows of open users
     u_ptr, weight_ptr, bias_ptr, order_ptr, active_ptr,         # in [B, H], [M, H], [M], [B], [1]
-    M, H,
+    M, H, n_groups,
     stride_scores, stride_u, stride_weight, stride_bias,
     PREC: tl.constexpr, VEC: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """u O^T + o of the open users. One program per BLOCK_U of them and BLOCK_M items."""
     H, stride_u, stride_weight = H // VEC * VEC, stride_u // VEC * VEC, stride_weight // VEC * VEC
     stride_scores = stride_scores // 16 * 16
-    slot = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    group = tl.program_id(0) % n_groups  # those of one tile of items follow one another
+    slot = group * BLOCK_U + tl.arange(0, BLOCK_U)
     active = tl.load(active_ptr)
-    if tl.program_id(0) * BLOCK_U < active:
+    if group * BLOCK_U < active:
         in_b = slot < active
         b = tl.load(order_ptr + slot, mask=in_b, other=0).to(tl.int64)
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = tl.program_id(0) // n_groups * BLOCK_M + tl.arange(0, BLOCK_M)
         in_m = m < M
         h = tl.arange(0, BLOCK_H)
         u_rows = u_ptr + b[:, None] * stride_u + h[None, :]
@@ -222,8 +224,9 @@ def open_scores(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor, seen: Look
     """Scores u weight^T + bias of the open users into their rows of out [B, width]; nothing else is written."""
     (B, H), M = u.shape, len(weight)
     BLOCK_M, BLOCK_H = tile_of(u)
-    linear_scores_fwd_kernel[(triton.cdiv(B, 128), triton.cdiv(M, BLOCK_M))](
-        out, u, weight, bias, seen.order, seen.active, M, H, out.stride(0), u.stride(0), weight.stride(0),
+    n_groups = triton.cdiv(B, 128)
+    linear_scores_fwd_kernel[(n_groups * triton.cdiv(M, BLOCK_M),)](  # the other axes of a grid end at 65,535
+        out, u, weight, bias, seen.order, seen.active, M, H, n_groups, out.stride(0), u.stride(0), weight.stride(0),
         bias.stride(0),
         PREC=dot_precision(u.dtype), VEC=vector(H, u.stride(0), weight.stride(0)),
         BLOCK_U=128, BLOCK_M=BLOCK_M, BLOCK_H=BLOCK_H, num_warps=8,
@@ -232,9 +235,9 @@ def open_scores(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor, seen: Look
 
 def tile_of(u: Tensor) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_H) of a product with 128 users: what fills the registers of eight warps; half of it where
-    elements are wide, or before wgmma.
+    elements are wide, before wgmma, and where a program has no more than 99 KB of shared memory (8.6, 8.9, 12.0).
     """
-    large = u.element_size() == 2 and capability(u.device) >= 90
+    large = u.element_size() == 2 and 90 <= capability(u.device) < 120
     return 256 if large else 128, 128 // u.element_size()
 
 

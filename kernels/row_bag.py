@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cfsfl_fast import library
-from cfsfl_fast.kernels.tile import covers, power_of_two, row_tile, rows_first, vector
+from cfsfl_fast.kernels.tile import covers, on_its_device, power_of_two, row_tile, rows_first, vector
 
 SPLIT = 128
 """Entries whose sum one program makes; segments below twice that are never split."""
@@ -131,6 +131,7 @@ def blocks(D: int) -> dict[str, int]:
     return {"BLOCK_E": 2048 // width, "BLOCK_D": width}
 
 
+@on_its_device
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
     if not covers(table) or not (weights is None or covers(weights)):
@@ -138,7 +139,8 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
     B, D = len(offsets) - 1, table.shape[1]
     out = table.new_empty(B, D)
     if out.numel():
-        table, tiles = rows_first(table), blocks(D)
+        table, items, offsets, tiles = rows_first(table), rows_first(items), rows_first(offsets), blocks(D)
+        weights = None if weights is None else rows_first(weights)
         row_bag_fwd_kernel[(B, triton.cdiv(D, tiles["BLOCK_D"]))](
             out, table, items, offsets, items if weights is None else weights, D, table.stride(0),
             HAS_WEIGHTS=weights is not None, VEC=vector(D, table.stride(0)), **tiles, num_warps=4,
@@ -146,6 +148,7 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
     return out
 
 
+@on_its_device
 def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, n_items: int) -> Tensor:
     """The gradient of `row_bag` for its table [M, D]: segment sums in item order."""
     if not covers(dout) or not (weights is None or covers(weights)):
@@ -154,7 +157,7 @@ def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tens
     dtable = dout.new_empty(n_items, D)
     if E == 0 or dtable.numel() == 0:
         return dtable.zero_()
-    dout, tiles = rows_first(dout), blocks(D)
+    dout, offsets, tiles = rows_first(dout), rows_first(offsets), blocks(D)
     # 32-bit keys halve the passes of the sort; searchsorted, unlike bincount, never waits for the device.
     items, order = items.to(torch.int32).sort(stable=True)
     rows = torch.searchsorted(offsets, order, right=True) - 1

@@ -60,12 +60,17 @@ class LoopState:
 
     def tail(self, weight: Tensor, bias: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
         """The rows from `start` on, padded to `width` rows that score -inf."""
-        key = (weight.data_ptr(), weight._version, bias.data_ptr(), bias._version, start, width)
+        key = (*_identity(weight), *_identity(bias), start, width)
         if self._tail is None or self._tail[0] != key:
             missing = width - (len(weight) - start)
             padded = F.pad(weight[start:], (0, 0, 0, missing)), F.pad(bias[start:], (0, missing), value=float("-inf"))
             self._tail = key, padded
         return self._tail[1]
+
+
+def _identity(t: Tensor) -> tuple[int, int]:
+    """Where a tensor is and how often it changed in place; nothing counts that of one made in inference mode."""
+    return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def loop_state() -> LoopState:

@@ -20,14 +20,18 @@ loses. Exact for every input. NaN fails every comparison; tau is at least the sm
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+CSR = tuple[Tensor, Tensor]
 
 MAX_K = 256
 """Longest list that the kernels select; longer ones go through library calls."""
@@ -414,6 +418,29 @@ def rows_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def packed(rows: CSR | None) -> CSR | None:
+    """CSR rows with unit strides."""
+    return rows and (rows_first(rows[0]), rows_first(rows[1]))
+
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Makes the device of a launcher's first tensor the current one while it runs: Triton launches there, wherever the
+    tensors are.
+    """
+
+    @functools.wraps(launcher)
+    def launch(first: Tensor, *rest: Any, **more: Any) -> Any:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return launcher(first, *rest, **more)
+        with torch.cuda.device(first.device):
+            return launcher(first, *rest, **more)
+
+    return launch  # type: ignore[return-value]
+
+
 def capability(device: torch.device) -> int:
     """80, 90, 100 ... of a CUDA device; 0 in the interpreter."""
     if device.type != "cuda":
@@ -426,6 +453,9 @@ def tuned(name: str, table: dict[int, int], device: torch.device) -> int:
     """A size from a table by compute capability (the nearest from below), or the environment variable of that name."""
     asked = os.environ.get(name)
     if asked:
-        return int(asked)
+        try:
+            return int(asked)
+        except ValueError:
+            raise ValueError(f"{name} must be a whole number; got {asked!r}") from None
     cc: Any = capability(device)
     return table[max((known for known in table if known <= cc), default=min(table))]

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,13 +108,73 @@ def test_products_run_on_tensor_cores(rows: list[dict[str, Any]], target: int, i
     assert all(row["instructions"].get("HMMA") for row in steps if row["dtype"] == "bf16")
 
 
+def test_no_program_races_with_itself(rows: list[dict[str, Any]]) -> None:
+    """Neither the interpreter nor a sanitizer looks for this one; it is read off the code."""
+    assert not [(label(row), row["races"]) for row in rows if row["races"]]
+
+
+LAYOUTS = """#wide = #ttg.blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>
+#tile = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [1, 32], warpsPerCTA = [4, 1], order = [1, 0]}>
+module {
+tt.func public @kernel(%p_ptr: !tt.ptr<i32> loc("p_ptr"(#loc)), %q_ptr: !tt.ptr<i32> loc("q_ptr"(#loc)), %n: i32) {
+"""
+LOAD, STORE = "%x = tt.load %p_ptr : !tt.ptr<i32>\n", "tt.store %p_ptr, %n : !tt.ptr<i32>\n"
+PLACES = """%s = tt.splat %p_ptr : !tt.ptr<i32> -> tensor<256x!tt.ptr<i32>, #wide>
+%a = tt.addptr %s, %i : tensor<256x!tt.ptr<i32>, #wide>, tensor<256xi32, #wide>
+%b = tt.addptr %s, %j : tensor<256x!tt.ptr<i32>, #wide>, tensor<256xi32, #wide>
+"""
+READ_B = "%z = tt.load %b : tensor<256x!tt.ptr<i32>, #wide>\n"
+WRITE_A = "tt.store %a, %v : tensor<256x!tt.ptr<i32>, #wide>\n"
+
+
+def reduction(of: str, to: str, axis: int) -> str:
+    return (
+        f'%r = "tt.reduce"(%v) <{{axis = {axis} : i32}}> ({{\n^bb0(%c: i32, %d: i32):\n}}) : ({of}) -> {to} loc(#l)\n'
+    )
+
+
+ACROSS = reduction("tensor<256xi32, #wide>", "i32", 0)
+WITHIN = reduction("tensor<4x32xi32, #tile>", "tensor<4xi32, #ttg.slice<{dim = 1, parent = #tile}>>", 1)
+TICKET = "%t = tt.atomic_rmw add, acq_rel, gpu, %q_ptr, %n, %true : (!tt.ptr<i32>, i32, i1) -> i32\n"
+
+
+def maybe(body: str) -> str:
+    return f"scf.if %n {{\n{body}}} loc(#l)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "races"),
+    [
+        (LOAD + STORE, True),
+        (LOAD + "ttg.barrier all\n" + STORE, False),
+        (LOAD + "gpu.barrier\n" + maybe(STORE), False),
+        (LOAD + maybe("ttg.barrier all\n") + STORE, True),  # a branch that not every program takes
+        (LOAD + "scf.if %n {\nttg.barrier all\n} else {\ngpu.barrier\n}\n" + STORE, False),
+        (LOAD + STORE.replace("p_ptr", "q_ptr"), False),
+        (LOAD + ACROSS + STORE, False),
+        (LOAD + WITHIN + STORE, True),  # each warp by itself
+        (LOAD + TICKET + STORE, True),  # nobody waits for the result
+        (LOAD + TICKET + "tt.store %q_ptr, %t : !tt.ptr<i32>\n" + STORE, False),
+        (PLACES + WRITE_A + READ_B, True),
+        (PLACES + READ_B.replace("%b", "%a") + WRITE_A, False),  # each thread its own
+        ("scf.for %i = %n to %n step %n {\n" + PLACES + READ_B + "ttg.barrier all\n" + WRITE_A + "}\n", True),
+        ("scf.for %i = %n to %n step %n {\n" + PLACES + READ_B + ACROSS + WRITE_A + "ttg.barrier all\n}\n", False),
+    ],
+)
+def test_races_are_found(code: str, races: bool) -> None:
+    found = runpy.run_path(str(Path(__file__).parent.parent / "kernels" / "races.py"))["races"]
+    assert bool(found(LAYOUTS + code + "tt.return\n}\n}\n")) == races
+
+
 def test_a_fault_is_seen(tmp_path: Path) -> None:
-    """A kernel that keeps too much in registers is reported as spilling; one with odd strides as loading narrowly."""
+    """A kernel that keeps too much in registers is reported as spilling, one with odd strides as loading narrowly, and
+    those without their barriers as racing.
+    """
     pytest.importorskip("triton")
     code = tmp_path / "fault.py"
     code.write_text(
         "from unittest import mock\n"
-        "import sys\n"
+        "import re\n"
         "from cfsfl_fast.kernels import report\n"
         "import importlib\n"
         "topk = importlib.import_module('cfsfl_fast.kernels.linear_topk')\n"
@@ -126,6 +187,15 @@ def test_a_fault_is_seen(tmp_path: Path) -> None:
         "with mock.patch.object(bag, 'vector', lambda *sizes: 1):\n"
         "    row, = report.rows(['ml-20m'], ['bf16'], [90], ['row_bag'])\n"
         "assert row.resources.loads('128') < 2\n"
+        "real = report.races\n"
+        "without = lambda code: real(re.sub(r'.*(ttg|gpu)[.]barrier.*', '', code))\n"
+        "ops = [('ml-20m', 'fuse'), ('ml-20m', 'linear_nll'), ('ml-20m', 'linear_nll_backward'),\n"
+        "       ('wide', 'linear_topk')]\n"
+        "with mock.patch.object(report, 'races', without):\n"
+        "    found = [row for shape, op in ops for row in report.rows([shape], ['bf16'], [90], [op])]\n"
+        "racing = {row.kernel for row in found if row.resources.races}\n"
+        "assert racing == {'fuse_fwd_kernel', 'linear_nll_fwd_kernel', 'linear_nll_bwd_kernel',\n"
+        "                  'linear_topk_fwd_kernel', 'linear_filter_check_kernel'}, racing\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
