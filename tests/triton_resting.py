@@ -164,29 +164,57 @@ def test_ties_are_no_proof() -> None:
         assert state._buffers["open"].tolist() == [1, 1]
 
 
+@pytest.mark.usefixtures("filtered")
+@pytest.mark.parametrize("name", ["", "K"])
+def test_the_last_of_a_list_proves_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates that score 9, 9 and 5 when found, the last of them falling, and a rising item that just missed 5."""
+    M, k = 500, 3
+    monkeypatch.setattr(linear_topk, "threshold", lambda *a: a[5].fill_(5.0))
+    weight, bias = torch.zeros(M, 1, device=DEVICE), torch.full((M,), -9.0, device=DEVICE)
+    for item, (w, b) in {3: (0, 9), 40: (0, 9), 200: (-1, 6), 300: (1, 3.99)}.items():
+        weight[item], bias[item] = w, b
+
+    def check() -> None:
+        state = kernels.loop_state()
+        for u, last in ((1.0, 200), (1.1, 300)):
+            code = torch.full((1, 1), u, device=DEVICE)
+            assert kernels.linear_topk(code, weight, bias, k, None, state)[0].tolist() == [[3, 40, last]]
+        assert state._buffers["open"].tolist() == [1]
+
+    check()
+    if name:
+        with fault(LOOK, K=lambda v: v - 1), pytest.raises(AssertionError):
+            check()
+
+
 LOOK, OPEN = resting.look_fwd_kernel, resting.linear_scores_fwd_kernel
 STEP = step_file.feedback_step_fwd_kernel
-FAULTS: dict[str, tuple[Any, dict[str, Any]]] = {
+LOOP_FAULTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "half of the code compared": (LOOK, {"H": lambda v: v // 2}),
     "the step before forgotten": (LOOK, {"last_ptr": torch.clone}),
     "answers of another step": (STEP, {"old_h_ptr": lambda t: t + 1}),
     "the wrong ones at rest": (STEP, {"moved_ptr": lambda t: 1 - t}),
     "last items not scored": (OPEN, {"M": lambda v: v - 20}),
     "last user not scored": (OPEN, {"active_ptr": lambda t: t - 1}),
+    "scores of other users": (OPEN, {"order_ptr": lambda t: t.flip(0)}),
+    "columns shifted": (OPEN, {"bias_ptr": lambda t: t.roll(1)}),
+    "open users not counted anew": (STEP, {"LOOKED": lambda v: False}),
+    "lists of another step": (STEP, {"old_ids_ptr": lambda t: t - 1}),
+    "feedback of another step": (STEP, {"old_v_ptr": lambda t: t + 1}),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(
+@pytest.mark.parametrize("name", LOOP_FAULTS)
+def test_a_planted_fault_of_the_loop_is_seen(
     name: str, looks: list[tuple[list[int], list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CFSFL_SKIP_FROM", "1")
-    kernel, wrong = FAULTS[name]
+    kernel, wrong = LOOP_FAULTS[name]
 
     def check() -> None:
         looks.clear()
-        turns(3, 70, 6, [[0, 1, 2], [1, 2]])
-        assert looks == [([0, 1, 2],) * 2, ([1, 2],) * 2]
+        turns(3, 70, 6, [[0, 1, 2], [1, 2], []])
+        assert looks == [([0, 1, 2],) * 2, ([1, 2],) * 2, ([], [])]
 
     check()
     with fault(kernel, **wrong), pytest.raises(AssertionError):
@@ -197,6 +225,9 @@ WIDE_FAULTS: dict[str, dict[str, Any]] = {
     "the bound is the threshold": {"norm_ptr": torch.zeros_like},
     "candidates not scored again": {"weight_ptr": torch.zeros_like},
     "the anchor forgotten": {"anchor_ptr": lambda t: t * 0 + float("nan")},
+    "the count not begun anew": {"found_ptr": torch.clone},
+    "proved lists elsewhere": {"run_ptr": torch.clone},
+    "candidates of others": {"buffer_ptr": lambda t: t.flip(0)},
 }
 
 
