@@ -71,6 +71,7 @@ def rounds(results: Path, cuda: bool) -> list[Round]:
     python = [sys.executable]
     options = ["-q", "-p", "no:cacheprovider", "--tb=short"]
     test = [*python, "-m", "pytest", *options, "-m", "gpu"]
+    shares = [*python, "-m", "tests.in_shares", "6" if cuda else "1"]
     bench = [*python, "-m", "pytest", *options, "--results", str(results)]
     bench += ["--rounds", "5"] if cuda else ["--rounds", "1", "--device", "cpu", "--rehearse", "-k", "on_a_gpu"]
     compiled = [*bench, "--compile", "-k", "compiled_on_a_gpu"]
@@ -83,7 +84,7 @@ def rounds(results: Path, cuda: bool) -> list[Round]:
         Round(130, [
             Part("compile kernels", [*python, "benches/compile_kernels.py", *rehearse]),
             Part("tests of graphs", [*test, "tests/test_graphs.py", "tests/test_captured.py"]),
-            Part("tests of kernels", [*test, "tests/test_triton_gpu.py"]),
+            Part("tests of kernels", [*shares, *options[1:], "-m", "gpu", "tests/test_triton_gpu.py"]),
             Part("tests of numerics", [*test, "tests/test_numerics.py", "tests/test_synthetic.py"]),
         ]),
         Round(40, [Part("bench_loop", [*bench, *uncompiled, "benches/bench_loop.py"])]),

@@ -133,3 +133,19 @@ def test_nothing_is_imported_that_the_machine_may_lack(gpu: ModuleType, tmp_path
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(python(code), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_shares_of_a_test_run(tmp_path: Path) -> None:
+    """Every test runs once; one that fails is told and makes the whole fail, a share without tests does not."""
+    file = tmp_path / "test_some.py"
+    file.write_text("".join(f"def test_{i}() -> None:\n    assert {i} != 2\n" for i in range(3)))
+    options = ["-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(file)]
+    command = [sys.executable, "-m", "tests.in_shares"]
+    done = subprocess.run([*command, "2", *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    told = [line for line in done.stdout.splitlines() if "::" in line and line.endswith("%]")]
+    assert sorted((line[0], *line.split("::")[1].split()[:2]) for line in told) == [
+        ("0", "test_0", "PASSED"), ("0", "test_2", "FAILED"), ("1", "test_1", "PASSED"),
+    ]  # fmt: skip
+    done = subprocess.run([*command, "4", *options, "-k", "not 2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+FILES = "cases", "device", "faults", "launchers", "resting", "waiting"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
-         "-k", "triton", *(f"tests/triton_{name}.py" for name in ("cases", "faults", "resting", "waiting")),
+         "-k", "triton", *(f"tests/triton_{name}.py" for name in FILES),
          "tests/test_compiling.py"],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
