@@ -25,8 +25,8 @@ WIDE = 300_000
 
 def production(M: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    u, weight, bias = torch.randn(B, H), torch.randn(M, H) / H**0.5, torch.randn(M)
-    return tuple(t.to(DEVICE, dtype) for t in (u, weight, bias))  # type: ignore[return-value]
+    u, weight, bias = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((B, H), (M, H), (M,)))
+    return u, weight.div_(H**0.5), bias
 
 
 @pytest.mark.parametrize(
