@@ -233,7 +233,8 @@ class Laboratory:
                 return
             folder.mkdir(parents=True, exist_ok=True)
             kind, test = baselines.BASELINES[name], self.data.test
-            found = baselines.select(kind, self.data, {}, device=self.device, show_progress=self.show_progress)
+            given = {"seed": seed} if name in baselines.SEEDED else {}
+            found = baselines.select(kind, self.data, given, device=self.device, show_progress=self.show_progress)
             recommend = found.fitted.recommend
             judged = evaluate(recommend, test.fold_in, test.targets, device=self.device)
             write_per_user(folder / USERS, test, {name: judged})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 from cfsfl_fast import backends, ops
-from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, SLIM, ease, select
+from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, SLIM, WMF, ease, select
 from cfsfl_fast.baselines.fitted import check_memory
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, Protocol, open_dataset, split_events
@@ -24,7 +26,8 @@ from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.inverse import invert
 from tests.conftest import clusters
 
-NAMES = sorted(BASELINES)
+wmf = pytest.mark.skipif(find_spec("implicit") is None, reason="implicit is not installed")
+NAMES = [pytest.param(name, marks=wmf) if name == "wmf" else name for name in sorted(BASELINES)]
 
 
 def ragged(n_users: int = 60, n_items: int = 23, seed: int = 0) -> sp.csr_matrix:
@@ -144,6 +147,57 @@ def test_slim_is_scikit_learns_elastic_net() -> None:
         assert fitted[j, j] == 0
 
 
+def weighted_squares(x: np.ndarray, alpha: float, ridge: float, fixed: np.ndarray) -> np.ndarray:
+    """For every row of x the u of least sum_j c_j (x_j - < u, y_j >)^2 + ridge |u|^2, by ordinary least squares: rows
+    sqrt(c_j) y_j with the aims sqrt(c_j) x_j, and sqrt(ridge) I with 0.
+    """
+    found = []
+    for row in x:
+        root = np.sqrt(np.where(row > 0, alpha, 1.0))
+        width = fixed.shape[1]
+        rows = np.vstack([root[:, None] * fixed, ridge**0.5 * np.eye(width)])
+        found.append(np.linalg.lstsq(rows, np.concatenate([root * row, np.zeros(width)]), rcond=None)[0])
+    return np.array(found)
+
+
+@wmf
+def test_wmf_is_where_neither_factor_wants_to_move() -> None:
+    """As users' factors are folded in, so items' are those of the weighted squares, where the iterations have ended."""
+    x, alpha, ridge = ragged(), 3.0, 2.0
+    fitted = WMF(x, factors=4, alpha=alpha, ridge=ridge, iterations=200)
+    dense, Y = x.toarray().astype(np.float64), fitted.weight.double().numpy()
+    users = fitted.user_factors(as_interactions(x, 23)).double().numpy()
+    assert np.allclose(users, weighted_squares(dense, alpha, ridge, Y), atol=1e-5)
+    assert not users[0].any()  # without a history
+    assert np.allclose(Y, weighted_squares(dense.T, alpha, ridge, users), atol=1e-3)
+    assert np.abs(Y).max() > 0.1
+    ids, scores = fitted.recommend(as_interactions(x, 23), 5)
+    expected = np.where(dense > 0, -np.inf, users @ Y.T)
+    assert np.allclose(scores[1:-1], -np.sort(-expected[1:-1], axis=1)[:, :5], atol=1e-5)
+    assert bool((ids[-1] == -1).all())
+
+
+@wmf
+def test_wmf_folds_in_as_implicit_does() -> None:
+    from implicit.cpu.als import AlternatingLeastSquares
+
+    x = ragged()
+    fitted = WMF(x[:40], factors=6, alpha=4.0, ridge=1.5, seed=3)
+    als = AlternatingLeastSquares(6, 1.5, 4.0, random_state=3)
+    als.fit(x[:40], show_progress=False)
+    assert np.allclose(fitted.weight, als.item_factors, atol=1e-5)
+    expected = als.recalculate_user(np.arange(20), x[40:])
+    assert np.allclose(fitted.user_factors(as_interactions(x[40:], 23)), expected, atol=1e-5)
+    assert torch.equal(WMF(x[:40], factors=6, alpha=4.0, ridge=1.5, seed=3).weight, fitted.weight)
+    assert not torch.allclose(WMF(x[:40], factors=6, alpha=4.0, ridge=1.5, seed=4).weight, fitted.weight, atol=1e-3)
+
+
+def test_wmf_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
+    with pytest.raises(ImportError, match=r"WMF needs implicit .*: pip install 'cfsfl-fast\[implicit\]'"):
+        WMF(ragged())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_known_answer(name: str) -> None:
     data = split_events(matrix_events(clusters(400), "clusters"), Protocol(held_out=40))
@@ -196,6 +250,10 @@ def test_values_do_not_count_and_nonsense_is_refused(name: str) -> None:
         ("ease", {"alpha": 1}, "EASE has no choice 'alpha'; it has: ridge"),
         ("slim", {"l1": -1.0}, "l1 must be at least 0; got -1"),
         ("slim", {"l1": 0.0, "l2": 0.0}, "one of l1 and l2 must be above 0; got 0 and 0"),
+        ("wmf", {"factors": 0}, "factors must be a whole number of at least 1; got 0"),
+        ("wmf", {"factors": 2.5}, "factors must be a whole number of at least 1; got 2.5"),
+        ("wmf", {"alpha": math.nan}, "alpha must be above 0; got nan"),
+        ("wmf", {"ridge": 0.0}, "ridge must be above 0; got 0"),
         ("edlae", {"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
     ],
 )

@@ -13,11 +13,18 @@ from cfsfl_fast.baselines.fitted import Fitted
 from cfsfl_fast.baselines.popular import MostPopular
 from cfsfl_fast.baselines.selection import Selection, select
 from cfsfl_fast.baselines.slim import SLIM
+from cfsfl_fast.baselines.wmf import WMF
 
-__all__ = ["BASELINES", "EASE", "EDLAE", "SEEDED", "SLIM", "Fitted", "MostPopular", "Selection", "select"]
+__all__ = ["BASELINES", "EASE", "EDLAE", "SEEDED", "SLIM", "WMF", "Fitted", "MostPopular", "Selection", "select"]
 
-BASELINES: dict[str, type[Fitted]] = {"most popular": MostPopular, "ease": EASE, "edlae": EDLAE, "slim": SLIM}
+BASELINES: dict[str, type[Fitted]] = {
+    "most popular": MostPopular,
+    "wmf": WMF,
+    "slim": SLIM,
+    "ease": EASE,
+    "edlae": EDLAE,
+}
 """By name; each is fitted to training histories [U, M] and then recommends."""
 
-SEEDED: frozenset[str] = frozenset()
-"""Those that draw random numbers."""
+SEEDED = frozenset({"wmf"})
+"""Those that draw random numbers: they take a `seed`."""
