@@ -139,7 +139,10 @@ class Interactions:
         return Interactions(torch.searchsorted(candidates, kept.items), kept.offsets, len(candidates))
 
     def to(self, device: torch.device | str) -> Interactions:
-        """The same rows on a device."""
+        """The same rows on a device; these, where they are there."""
+        device = torch.device(device)
+        if device == self.items.device == self.offsets.device:
+            return self  # which may know its `host_counts`
         return Interactions(self.items.to(device), self.offsets.to(device), self.n_items, self.fixed)
 
 

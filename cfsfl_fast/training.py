@@ -436,8 +436,7 @@ class Updates:
                     self.model.recommender.phase,
                 ),
                 reads=[
-                    *self.model.parameters(),
-                    *self.model.buffers(),
+                    *self.model.tensors(),
                     self.histories.items,
                     self.keys,
                     *(self.folds.tensors() if self.folds else ()),
