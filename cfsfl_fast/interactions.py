@@ -273,6 +273,8 @@ def _sound_matrix(x: Any) -> Any:
             return type(x)((x.data, (x.row, x.col)), shape=x.shape)
         if x.format in ("csr", "csc", "bsr"):
             x = type(x)((x.data, x.indices, x.indptr), shape=x.shape)
+            if (x.indptr[1:] < x.indptr[:-1]).any():
+                raise ValueError("row starts do not ascend")  # SciPy looks at differences, which may wrap
             x.check_format(full_check=True)
         return x
     except (ValueError, TypeError, IndexError) as error:
@@ -331,7 +333,7 @@ def _from_offsets(items: Any, offsets: Any, n_items: int) -> Interactions:
         if ids.dim() != 1 or ids.layout != torch.strided or not (integers or len(ids) == 0):
             raise ValueError(f"{name} must be a vector of integers; got {ids.dtype} of shape {tuple(ids.shape)}")
     items, offsets = items.long(), offsets.long()
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(
             f"offsets must ascend from 0 to the number of items, {len(items)}, one more than there are users; "
             f"got {offsets.tolist() if len(offsets) < 8 else [*offsets[:3].tolist(), '...', int(offsets[-1])]}"

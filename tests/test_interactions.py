@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cfsfl_fast.datasets.dataset import check_matrix
 from cfsfl_fast.interactions import Interactions, as_interactions, from_pairs
 
 DENSE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]], dtype=np.float32)
@@ -72,6 +73,22 @@ def test_every_form_gives_the_same_rows(form: str) -> None:
 def test_what_is_refused(x: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         as_interactions(x, 5)
+
+
+WRAPPING = [0, 3, -(2**63), -1, 8]
+"""Row starts whose differences wrap around to numbers above 0."""
+
+
+def test_row_starts_whose_differences_wrap_are_refused() -> None:
+    x = sp.csr_matrix(DENSE)
+    x.indices, x.indptr = x.indices.astype(np.int64), np.array(WRAPPING, np.int64)
+    assert (np.diff(x.indptr) >= 0).all()
+    with pytest.raises(ValueError, match="damaged csr matrix: row starts do not ascend"):
+        as_interactions(x, 5)
+    with pytest.raises(ValueError, match="offsets must ascend"):
+        as_interactions((np.array(ITEMS), np.array(WRAPPING)), 5)
+    with pytest.raises(ValueError, match="expected row starts ascending from 0 to 8"):
+        check_matrix(x, 5, "x")
 
 
 def test_read_only_arrays_are_read_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:

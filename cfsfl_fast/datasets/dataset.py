@@ -183,7 +183,7 @@ def check_matrix(matrix: sp.csr_matrix, n_items: int, name: str) -> None:
     if matrix.shape[1] != n_items:
         raise ValueError(f"{name}: expected {n_items} columns; found {matrix.shape[1]}")
     indptr, indices = matrix.indptr, matrix.indices
-    if indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
+    if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr[1:] < indptr[:-1]).any():
         raise ValueError(f"{name}: expected row starts ascending from 0 to {len(indices)}; found others")
     if len(indices) and indices.view(f"u{indices.itemsize}").max() >= n_items:  # a negative id counts as a huge one
         found = f"{indices.min()} .. {indices.max()}"

@@ -333,7 +333,7 @@ def _manifest_checksum(manifest: dict[str, Any]) -> str:
 def _open_matrix(folder: Path, name: str, arrays: dict[str, NDArray[Any]], n_items: int) -> sp.csr_matrix:
     indptr, indices = arrays[f"{name}_indptr"], arrays[f"{name}_indices"]
     where = str(folder / f"{name}_indptr.npy")
-    if len(indptr) == 0 or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
+    if len(indptr) == 0 or indptr[0] != 0 or indptr[-1] != len(indices) or (indptr[1:] < indptr[:-1]).any():
         raise ValueError(f"{where}: expected row starts ascending from 0 to {len(indices)}; found others")
     if indptr[-1] < 2**31:
         indptr = indptr.astype(np.int32)  # scipy wants one type for both, and indices must not be copied
