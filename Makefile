@@ -25,9 +25,14 @@ test: $(DONE)
 chaos: $(DONE)
 	$(BIN)/python -m tests.chaos
 
-# Every byte of the headers flipped, and more inputs of every kind than the suite has.
+# Every byte of the headers flipped, and thirty times the suite's inputs of every kind, other ones every time. Then, where
+# atheris is installed (pip install atheris), the readers for FUZZ_SECONDS under a fuzzer that follows coverage.
+FUZZ_SECONDS ?= 300
 fuzz: $(DONE)
-	$(BIN)/python -m pytest tests/test_damage.py --hypothesis-profile=fuzz
+	$(BIN)/python -m pytest tests/test_damage.py $(wildcard tests/test_fuzz*.py) --hypothesis-profile=fuzz
+	if $(BIN)/python -c "import atheris" 2>/dev/null; then \
+	    $(BIN)/python -m tests.coverage_fuzz -max_total_time=$(FUZZ_SECONDS); \
+	else echo "no atheris: the readers were not fuzzed by coverage"; fi
 
 # Each in an environment of its own, .venv-LIBRARY: they pin other packages.
 adapters:

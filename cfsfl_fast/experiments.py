@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cfsfl_fast import backends, baselines, checkpoint, files
+from cfsfl_fast import arrays, backends, baselines, checkpoint, files
 from cfsfl_fast.config import LATER_FIELDS, CFSFLConfig
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.evaluation import Recommend, evaluate, seconds_to_answer
@@ -279,21 +279,24 @@ def _read(folder: Path, part: str = "") -> Result | None:
     if not (folder / RESULT).exists():
         return None
     found = checkpoint.read_json(folder / RESULT)
-    with np.load(folder / USERS, allow_pickle=False) as arrays:
-        prefix = f"{part or found['system']}/"
-        metrics = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
-        users = arrays["users"]
+    arrays.check_npz(folder / USERS)
+    with arrays.damage_named(str(folder / USERS)), np.load(folder / USERS, allow_pickle=False) as held:
+        users_of = dict(held)
     seconds: dict[str, list[float]] = {}
     for line in read_metrics(folder) if "config" in found else ():
         if "seconds" in line:
             seconds.setdefault(line["stage"], []).append(line["seconds"])
-    return Result(
-        seed=found.get("config", {}).get("seed", 0),
-        seconds={stage: min(values) for stage, values in seconds.items()},
-        epochs={stage: len(values) for stage, values in seconds.items()},
-        best=found.get("best", {}),
-        microseconds=found["microseconds"],
-        users=users,
-        metrics=metrics,
-        folder=folder,
-    )
+    try:
+        prefix = f"{part or found['system']}/"
+        return Result(
+            seed=found.get("config", {}).get("seed", 0),
+            seconds={stage: min(values) for stage, values in seconds.items()},
+            epochs={stage: len(values) for stage, values in seconds.items()},
+            best=found.get("best", {}),
+            microseconds=float(found["microseconds"]),
+            users=users_of["users"],
+            metrics={k.removeprefix(prefix): values for k, values in users_of.items() if k.startswith(prefix)},
+            folder=folder,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: damaged, {RESULT} or {USERS} lacks what a finished cell has ({error!r})") from None

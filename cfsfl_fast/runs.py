@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,14 +350,15 @@ def read_state(
     tensors, metadata = read(path)
     try:
         progress = json.loads(metadata["progress"])
-        counts = (
-            progress["epoch"],
-            progress["step"],
-            progress["lines"],
-            *(b["epoch"] for b in progress["best"].values()),
-        )
-        fits = progress["stage"] in (*STAGES, "done") and set(progress["best"]) <= set(STAGES) and "data" in progress
-        fits = fits and all(isinstance(count, int) and count >= 0 for count in counts)
+        stage, best = progress["stage"], progress["best"]
+        first = {} if stage == STAGES[0] else {"first_step": progress["first_step"]}
+        whole = {**{name: progress[name] for name in ("epoch", "step", "lines")}, **first}
+        counts = [*whole.values(), *progress["data"], *(kept["epoch"] for kept in best.values())]
+        scores = [kept["score"] for kept in best.values()]
+        fits = stage in (*STAGES, "done") and set(best) <= set(STAGES) and len(progress["data"]) == 4
+        fits = fits and all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        fits = fits and all(type(score) is float for score in [*scores, progress.get("last", 0.0)])
+        fits = fits and ("last" in progress or math.isnan(best.get(stage, {}).get("score", math.nan)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
@@ -378,11 +380,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: a line is damaged; names it.
     """
     path = folder / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} holds no run")
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    found = []
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: damaged ({error})") from None
+        if not isinstance(line, dict) or not isinstance(line.get("stage"), str):
+            raise ValueError(f"{path}, line {number}: damaged, no figures of an epoch")
+        found.append(line)
+    return found
 
 
 def write_per_user(path: Path, held_out: HeldOut, judged: dict[str, Evaluation]) -> None:

@@ -70,7 +70,7 @@ class Scorer:
             at most n of each user. [B] objects
 
         Raises:
-            ValueError: there is no column "items".
+            ValueError: there is no column "items", or its ids are no whole numbers and no texts.
         """
         if "items" not in batch:
             raise ValueError(f"a batch needs a column 'items'; got {', '.join(map(repr, batch)) or 'none'}")
@@ -88,7 +88,9 @@ class Scorer:
 
     def _interactions(self, histories: list[np.ndarray]) -> Interactions:
         counts = np.array([len(history) for history in histories], np.int64)
-        found = np.concatenate([np.empty(0, self.item_ids.dtype), *(history for history in histories if len(history))])
+        found = np.concatenate([h for h in histories if len(h)] or [np.empty(0, self.item_ids.dtype)])
+        if found.dtype.kind in "fcb":
+            raise ValueError(f"item ids must be whole numbers or texts; got {found.dtype} (is a value missing?)")
         columns = self._index.columns(found)
         known = columns >= 0
         rows = np.repeat(np.arange(len(histories)), counts)[known]

@@ -96,6 +96,14 @@ class Histogram:
         ]
 
 
+class _Json(JSONResponse):
+    """json in UTF-8; half a surrogate pair, which json can say and UTF-8 cannot, goes back as the escape it came as."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode(errors="backslashreplace")
+
+
 @dataclass
 class _Asked:
     """A request that waits for the model."""
@@ -200,7 +208,7 @@ class Server:
             raise HTTPException(500, str(error)) from None
         self.responses[200] += 1
         self.seconds.add(time.perf_counter() - began)
-        return JSONResponse({"items": [self.item_ids[j] for j in ids], "scores": scores, "unknown": unknown})
+        return _Json({"items": [self.item_ids[j] for j in ids], "scores": scores, "unknown": unknown})
 
     async def _body(self, request: Request) -> Any:
         """The JSON of a request."""
@@ -250,7 +258,7 @@ class Server:
     async def health(self, request: Request) -> Response:
         """GET /health."""
         config = self.model.config
-        return JSONResponse(
+        return _Json(
             {
                 "status": "ok",
                 "n_items": self.model.n_items,
@@ -275,7 +283,7 @@ class Server:
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         self.responses[error.status_code] += 1
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        return _Json({"error": error.detail}, error.status_code, error.headers)
 
 
 def _kind(value: Any) -> str:

@@ -22,8 +22,11 @@ try:
 except ImportError:  # on the machine of `make gpu`, whose tests need none
     settings = None
 else:
-    settings.register_profile("fuzz", max_examples=3000, deadline=20_000)
-    """What `make fuzz` takes: for hours, `--hypothesis-profile` with another of one's own."""
+    settings.register_profile("fuzz", max_examples=3000, deadline=20_000, print_blob=True)
+    """What `make fuzz` takes, other inputs every time: for hours, `--hypothesis-profile` with another of one's own."""
+    settings.register_profile("suite", derandomize=True)
+    """The same inputs every time, or a run of the suite would fail by chance."""
+    settings.load_profile("suite")
 
 tally: Counter[tuple[str, str]] = Counter()
 """Bad inputs by (what was fed, what came of it); told at the end of `make fuzz`."""

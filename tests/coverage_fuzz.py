@@ -1,6 +1,6 @@
 """The readers under a fuzzer that follows coverage (atheris, on libFuzzer), with the oracle of test_fuzz.
 
-    make fuzz-readers                                       # python -m tests.coverage_fuzz -runs=200000
+    make fuzz FUZZ_SECONDS=3600                             # after pip install atheris
     python -m tests.coverage_fuzz -max_total_time=3600      # any option of libFuzzer
 
 Ends with exit code 0 after so many inputs, or with the input in a file that something else than a refusal came of.

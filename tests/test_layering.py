@@ -18,7 +18,17 @@ ALLOWED = {
     "plan": {"config", "library", "model"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
-    "experiments": {"backends", "baselines", "checkpoint", "config", "datasets", "evaluation", "files", "runs"}
+    "experiments": {
+        "arrays",
+        "backends",
+        "baselines",
+        "checkpoint",
+        "config",
+        "datasets",
+        "evaluation",
+        "files",
+        "runs",
+    }
     | {"model", "progress"},
     "sweep": {"backends", "datasets", "evaluation", "model"},
     "plots": {"files"},

@@ -71,6 +71,18 @@ def test_odd_batches(folder: Path) -> None:
     assert len(scorer({"items": []})["items"]) == 0
     with pytest.raises(ValueError, match="needs a column 'items'; got 'user'"):
         scorer({"user": [1]})
+    with pytest.raises(ValueError, match=r"whole numbers or texts; got float64 \(is a value missing\?\)"):
+        scorer({"items": [np.array([3.0, np.nan])]})  # as pandas makes of whole numbers; none would be known
+
+
+def test_ids_of_any_width(folder: Path) -> None:
+    scorer = Scorer(folder, 5)
+    asked = [scorer.item_ids[:4], scorer.item_ids[4:6]]
+    wanted = scorer({"items": asked})["items"]
+    widths: dict[str, list[Any]] = {"i": [np.uint64, np.int32, object, str], "U": [object, "U40"]}
+    for dtype in widths[scorer.item_ids.dtype.kind]:
+        found = scorer({"items": [ids.astype(dtype) for ids in asked]})["items"]
+        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)), dtype
 
 
 def test_shards_of_the_command_are_the_whole(folder: Path, tmp_path: Path) -> None:

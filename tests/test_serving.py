@@ -90,6 +90,14 @@ def test_unknown_items_are_named_and_count_for_nothing() -> None:
     assert ask(Server(made), {"items": []}).json()["items"] == (made.recommend(np.zeros((1, M)))[0][0] + 100).tolist()
 
 
+def test_halves_of_surrogate_pairs_go_back_as_they_came() -> None:
+    found = ask(Server(model()), b'{"items": ["\\ud800", "\xc3\xa9"]}')
+    assert (found.status_code, found.json()["unknown"]) == (200, ["\ud800", "é"])
+    found = ask(Server(model()), b'{"\\udfff": 1}')
+    assert found.status_code == 400
+    assert found.json()["error"].startswith('unknown field "\udfff"; ')
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
