@@ -213,14 +213,19 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def verified(path: Path) -> dict[str, str]:
-    """The metadata of such a file, whose tensors are what was written; one of them at a time is in memory.
+    """The metadata of such a file and its digest, "sha256"; its tensors are what was written, one at a time in memory.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_tensors`.
     """
-    with opened(path) as (found, metadata):
-        _compare(path, found, metadata)
-    return metadata
+
+    def read(path: Path) -> dict[str, str]:
+        with opened(path) as (found, metadata):
+            digest = metadata.get("sha256", "")
+            _compare(path, found, metadata)
+        return {**metadata, "sha256": digest}
+
+    return files.read_whole(path, read)
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -155,6 +155,10 @@ class Group:
         if int(failed):
             raise ProcessError("another process failed, and says why")
 
+    def agree(self, mine: bool) -> bool:
+        """Whether it is true in all processes."""
+        return int(self.sums([torch.tensor(int(mine), device=self._device)])[0]) == self.size
+
     def check_same(self, tensors: Sequence[Tensor], what: str) -> None:
         """Refuses to go on with tensors that are not the same bits in all processes.
 

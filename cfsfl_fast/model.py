@@ -595,6 +595,8 @@ class CFSFL(nn.Module):
         shard = Shard(mesh.items, n_items)
         tensors, metadata = resharding.read_tensors(place / checkpoint.MODEL, shard, mesh.everyone, ITEM_TABLES)
         item_ids = checkpoint.read_item_ids(place, n_items, metadata)
+        if checkpoint.read_description(place) != (n_items, config):
+            raise ValueError(f"{place} was replaced while it was read")
         with torch.device("meta"):
             model = cls.part(n_items, config, shard, **run_time)
         checkpoint.check_tensors(place / checkpoint.MODEL, tensors, model.state_dict())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 
 from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, stages, training
 from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
+from cfsfl_fast.distributed import Mesh
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.runs import STATE, Run, read_state
 from cfsfl_fast.scarcity import OutOfMemoryError
@@ -27,6 +30,7 @@ from tests.chaos import TRAINING as OPTIONS
 from tests.chaos import digests
 from tests.conftest import ROOT
 from tests.processes import PATIENCE, started
+from tests.test_distributed import Nth
 from tests.test_model import build, histories
 from tests.test_training import QUICK, command
 
@@ -144,7 +148,24 @@ def test_a_reader_never_mixes_two_versions(
         theirs = data[1].matrices()
         return {int(np.array_equal(matrix.indices, theirs[part].indices)) for part, matrix in found.items()}
 
-    real, calls = getattr(module, name), 0
+    *disturbed, undisturbed = read_disturbed(monkeypatch, module, name, write, read)
+    assert all(found == {1} for found in disturbed)
+    assert undisturbed == {0}
+    assert disturbed
+
+
+def read_disturbed(
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    name: str,
+    write: Callable[[int], None],
+    read: Callable[[], set[int]],
+) -> list[set[int]]:
+    """What a reader of version 0 finds where version 1 is written before its first call of a function, before its
+    second ... and at last not at all.
+    """
+    real, found = getattr(module, name), []
+    calls = at = 0
 
     def disturbed(*arguments: object, **more: object) -> object:
         nonlocal calls
@@ -156,16 +177,49 @@ def test_a_reader_never_mixes_two_versions(
         return real(*arguments, **more)
 
     monkeypatch.setattr(module, name, disturbed)
-    for at in range(1, 30):
-        calls = at  # nobody is disturbed
+    while calls >= at:
+        calls, at = at + 1, at + 1  # nobody disturbs what writes
         write(0)
         calls = 0
-        found = read()
-        if calls < at:
-            break
-        assert found == {1}
-    assert found == {0}
-    assert at > 1
+        found.append(read())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (checkpoint, "read_json"),
+        (checkpoint, "verified"),
+        (checkpoint, "opened"),
+        (checkpoint, "_compare"),
+        (checkpoint, "_file_digest"),
+        (arrays, "map_npy"),
+    ],
+)
+def test_a_part_of_a_model_is_never_of_two_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+) -> None:
+    """Refused, where not everything is of one version."""
+    place = tmp_path / "place"
+    models = [build(seed=seed, steps=1 + seed) for seed in (0, 1)]
+    for version, model in enumerate(models):
+        model.item_ids = np.arange(model.n_items) + version
+
+    def read() -> set[int]:
+        try:
+            part = CFSFL.part_from_pretrained(place, Mesh(items=Nth(1, 2)))
+        except ValueError as error:
+            return set() if re.search("was replaced while it was read|does not belong to", str(error)) else {-1}
+        assert part.item_ids is not None
+        rows = models[1].lookup.weight[slice(*Nth(1, 2).span(part.n_items))]
+        return {int(torch.equal(part.lookup.weight, rows)), int(part.item_ids[0]), part.config.steps - 1}
+
+    *disturbed, undisturbed = read_disturbed(
+        monkeypatch, module, name, lambda version: models[version].save_pretrained(place), read
+    )
+    assert all(found in ({1}, set()) for found in disturbed)
+    assert undisturbed == {0}
+    assert disturbed
 
 
 # Disks
