@@ -8,7 +8,9 @@ a staged file, rename, mkdir, remove, lock and fsync). While the operation runs,
 what it writes, again and again: whatever it finds must be a version that was written whole. Then the operation runs to
 its end: the files must be the bytes that it leaves when nobody kills it, with nothing beside them.
 
-An operation runs in a fork of this process, so that a kill meets its work and not its imports.
+An operation runs in a fork of this process, so that a kill meets its work and not its imports; or in two forks that
+share the users (-2) or the rows of item tables (-parts), of which one is killed, or both. Whoever is left must end by
+itself and say that it lost the other.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from cfsfl_fast import CFSFL, checkpoint, cli
 from cfsfl_fast.datasets import open_dataset
 from cfsfl_fast.runs import METRICS, REPORT, STATE
 from tests.conftest import clusters
+from tests.processes import environment, free_port
 
 SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}
 TRAINING = {**SIZES, "batch_size": 32, "epochs": "3,2,2", "learning_rate": 1e-2, "joint_learning_rate": 3e-3}
@@ -67,6 +70,7 @@ class Child:
         seconds: kill it after so long.
         step: it kills itself before this step on the file system.
         watch: called after every rename; what it finds is logged.
+        environ: environment variables of its own.
     """
 
     def __init__(
@@ -77,10 +81,12 @@ class Child:
         seconds: float | None = None,
         step: int | None = None,
         watch: Callable[[], Found] | None = None,
+        environ: dict[str, str] | None = None,
     ) -> None:
         self.log, self.code = log, None
         self.pid = os.fork()
         if self.pid == 0:
+            os.environ.update(environ or {})
             self._live(act, step, watch)
         self.handle = os.pidfd_open(self.pid)  # a number that is never another process's
         self.timer = threading.Timer(PATIENCE if seconds is None else seconds, self._kill)
@@ -121,10 +127,57 @@ class Child:
             sys.stdout.flush()
             os.write(1, f"\n{json.dumps(steps.taken)}\n".encode())
             code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
         except BaseException:
             os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(code)
+
+
+class Pair:
+    """Two children that work together; as a `Child`, but that `who` says which of them is killed: 0, 1, or both (2)."""
+
+    LOST = ("lost the others", "did not find each other")
+
+    def __init__(
+        self,
+        act: Callable[[], Any],
+        log: Path,
+        *,
+        who: int = 2,
+        watch: Callable[[], Found] | None = None,
+        **moment: Any,
+    ) -> None:
+        port = free_port()
+        self.doomed = [who in (rank, 2) and bool(moment) for rank in (0, 1)]
+        self.children = [
+            Child(
+                act,
+                log if rank == 0 else log.with_suffix(".1.log"),
+                environ=environment(rank, 2, port, CFSFL_TIMEOUT="30"),
+                watch=watch,
+                **(moment if self.doomed[rank] else {}),
+            )
+            for rank in (0, 1)
+        ]
+
+    def ended(self) -> bool:
+        """Whether both are over."""
+        return all([child.ended() for child in self.children])
+
+    def was_killed(self) -> bool:
+        """False where both came to their end first."""
+        while not self.ended():
+            time.sleep(0.001)
+        codes = [child.code for child in self.children]
+        for child, doomed, other in zip(self.children, self.doomed, codes[::-1], strict=True):
+            killed, said = child.code == -signal.SIGKILL, child.log.read_text()
+            left = child.code == 2 and other != 0 and any(words in said for words in self.LOST)
+            if not (child.code == 0 or left or (killed and doomed)):
+                how = "hangs" if killed else f"ends with code {child.code}"
+                raise WrongError(f"one {how} where the other ends with {other}: {said[-600:]}")
+        return codes != [0, 0]
 
 
 class Steps:
@@ -175,6 +228,8 @@ class Operation:
         act: writes a version; called again after a kill, goes on or begins again.
         read: what a reader finds at the place, {} where nothing stands.
         resumes: it goes on.
+        child: who carries it out.
+        share: of the kills that others get; it takes longer.
         whole: what a reader may find of each version.
         bytes: the files of each version.
         seconds, n_steps: that it takes.
@@ -185,6 +240,8 @@ class Operation:
     act: Callable[[int], Any]
     read: Callable[[], Found]
     resumes: bool = False
+    child: type[Child] | type[Pair] = Child
+    share: float = 1.0
     whole: list[set[tuple[str, str]]] = field(default_factory=list)
     bytes: list[Found] = field(default_factory=list)
     seconds: float = 0.0
@@ -194,13 +251,13 @@ class Operation:
         """Writes both versions, twice, with nobody killed."""
         for version in (0, 1):
             remove(self.place)
-            Child(lambda v=version: self.act(v), self.log, watch=self.read).was_killed()
+            self.child(lambda v=version: self.act(v), self.log, watch=self.read).was_killed()
             found = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
             self.whole.append({item for each in (*found, self.read()) for item in each.items()})
             self.bytes.append(digests(self.place.parent))
             remove(self.place)
             began = time.perf_counter()
-            Child(lambda v=version: self.act(v), self.log).was_killed()
+            self.child(lambda v=version: self.act(v), self.log).was_killed()
             self.seconds = time.perf_counter() - began
             self.compare(version)
         if self.whole[0] & self.whole[1] == self.whole[0]:
@@ -267,14 +324,15 @@ def remove(place: Path) -> None:
     place.unlink(missing_ok=True)
 
 
-# The four
+# The operations
 
 
 def operations(folder: Path) -> Iterator[Operation]:
-    """Prepare, save, recommend, train, on small data below a folder."""
+    """Prepare, save, recommend, train, on small data below a folder; the last two also in two processes."""
 
     def command(*arguments: Any) -> None:
-        cli.main([str(argument) for argument in arguments], standalone_mode=False)
+        if code := cli.main([str(argument) for argument in arguments], standalone_mode=False):
+            sys.exit(code)
 
     def place(name: str) -> Path:
         (folder / name).mkdir()
@@ -319,32 +377,33 @@ def operations(folder: Path) -> Iterator[Operation]:
 
     yield Operation("save", saved, lambda v: models[v].save_pretrained(saved), lambda: read_model(saved))
 
-    listed = place("recommend")
     for version, model in enumerate(models):
         model.save_pretrained(folder / f"model-{version}")
     (folder / "history.csv").write_text("".join(f"user{n % 50},{1 + n % 37}\n" for n in range(400)))
 
-    def read_lists() -> Found:
-        if not listed.exists():
+    def read_lists(at: Path) -> Found:
+        if not at.exists():
             return {}
-        text = listed.read_bytes()
+        text = at.read_bytes()
         assert text.startswith(b"user,item,rank,score\n")
         assert all(line.count(b",") == 3 for line in text.splitlines())
         return {"lists": digest(text)}
 
-    yield Operation(
-        "recommend",
-        listed,
-        lambda v: command(
-            "recommend", folder / f"model-{v}", "--history", folder / "history.csv", "--out", listed, "--device", "cpu"
-        ),
-        read_lists,
-    )
+    history = ["--history", folder / "history.csv", "--device", "cpu"]
+    for name, more in (("recommend", []), ("recommend-2", []), ("recommend-parts", ["--item-shards=2"])):
+        listed = place(name)
+        yield Operation(
+            name,
+            listed,
+            lambda v, to=listed, more=more: command("recommend", folder / f"model-{v}", *history, "--out", to, *more),
+            lambda at=listed: read_lists(at),
+            child=Child if name == "recommend" else Pair,
+            share=1.0 if name == "recommend" else 0.25,
+        )
 
-    run = place("train")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TRAINING.items()]
 
-    def read_run() -> Found:
+    def read_run(run: Path) -> Found:
         found = {}
         for at in (run, *run.glob("stages/*")):
             found |= read_model(at)
@@ -357,13 +416,18 @@ def operations(folder: Path) -> Iterator[Operation]:
             found[REPORT] = digest(json.dumps(checkpoint.read_json(run / REPORT)).encode())
         return found
 
-    yield Operation(
-        "train",
-        run,
-        lambda v: command("train", data[v], "--out", run, "--resume", "--device", "cpu", *options),
-        read_run,
-        resumes=True,
-    )
+    for name, more in (("train", []), ("train-2", []), ("train-parts", ["--item-shards=2"])):
+        run = place(name)
+        arguments = ["--out", run, "--resume", "--device", "cpu", *options, *more]
+        yield Operation(
+            name,
+            run,
+            lambda v, arguments=arguments: command("train", data[v], *arguments),
+            lambda at=run: read_run(at),
+            resumes=True,
+            child=Child if name == "train" else Pair,
+            share=1.0 if name == "train" else 0.5,
+        )
 
 
 # The kills
@@ -387,7 +451,7 @@ def chain(op: Operation, version: int, older: int | None, moments: Iterator[dict
     allowed = op.whole[version] | (set() if older is None else op.whole[older])
     stood = older is not None
     for moment in moments:
-        child = Child(lambda: op.act(version), op.log, **moment)
+        child = op.child(lambda: op.act(version), op.log, **moment)
         while not child.ended():
             stood |= bool(op.look(allowed, stood))
             tally.reads += 1
@@ -400,7 +464,7 @@ def chain(op: Operation, version: int, older: int | None, moments: Iterator[dict
         tally.outcomes["newer" if finished else "older" if found else "nothing"] += 1
         if not op.resumes:
             break
-    if Child(lambda: op.act(version), op.log).was_killed():
+    if op.child(lambda: op.act(version), op.log).was_killed():
         raise WrongError(f"it hangs: {op.log.read_text()[-600:]}")
     op.compare(version)
 
@@ -411,14 +475,18 @@ def torment(op: Operation, kills: int, steps: int, seed: int) -> Tally:
     op.learn()
     tally = Tally()
 
+    def some() -> dict[str, Any]:
+        """Which of two."""
+        return {} if op.child is Child else {"who": chance.randrange(3)}
+
     def at_random() -> Iterator[dict[str, Any]]:
         while True:
-            yield {"seconds": chance.uniform(0, op.seconds)}
+            yield {"seconds": chance.uniform(0, op.seconds), **some()}
 
     def before_steps() -> Iterator[dict[str, Any]]:
         every = list(range(op.n_steps))
         while True:
-            yield from ({"step": step} for step in chance.sample(every, len(every)))
+            yield from ({"step": step, **some()} for step in chance.sample(every, len(every)))
 
     standing: int | None = None
     for wanted, moments in ((kills, at_random()), (steps, before_steps())):
@@ -447,21 +515,21 @@ def main(kills: int, steps: int, seed: int, only: str | None) -> None:
     """Kills every operation; prints what came of it; exit code 1 where anything was lost or half read."""
     began = time.perf_counter()
     columns = ("kills", "nothing", "older", "newer", "reads", "wrong")
-    click.echo(f"{'':<12}{'steps':>8}" + "".join(f"{name:>10}" for name in columns))
+    click.echo(f"{'':<16}{'steps':>6}" + "".join(f"{name:>10}" for name in columns))
     total: Counter[str] = Counter()
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="cfsfl-chaos-") as folder:
         for op in operations(Path(folder)):
             if only not in (None, op.name):
                 continue
-            tally = torment(op, kills, steps, seed)
+            tally = torment(op, *(max(1, round(op.share * n)) for n in (kills, steps)), seed)
             row = Counter(
                 {**tally.outcomes, "kills": tally.outcomes.total(), "reads": tally.reads, "wrong": len(tally.wrong)}
             )
-            click.echo(f"{op.name:<12}{op.n_steps:>8}" + "".join(f"{row[name]:>10,}" for name in columns))
+            click.echo(f"{op.name:<16}{op.n_steps:>6}" + "".join(f"{row[name]:>10,}" for name in columns))
             total += row
             wrong += tally.wrong
-    click.echo(f"{'together':<20}" + "".join(f"{total[name]:>10,}" for name in columns))
+    click.echo(f"{'together':<22}" + "".join(f"{total[name]:>10,}" for name in columns))
     click.echo(
         "after every kill: what then stood at the place (for train, older is a run to go on with); reads: while it ran"
         f"; {time.perf_counter() - began:.0f} s, seed {seed}"
