@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint
+from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, open_dataset, save_dataset, synthetic_dataset
 from cfsfl_fast.runs import STATE, Run, read_state
 from tests.conftest import ROOT, effort, tally
@@ -153,6 +155,40 @@ def test_verify_finds_an_altered_id(small_data: tuple[Dataset, Path]) -> None:
             open_dataset(folder, verify=True)
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "DATA", "--out", "OUT"],
+        ["evaluate", "MODEL", "DATA"],
+        ["baseline", "ease", "DATA", "--out", "OUT"],
+        ["reproduce", "table3", "DATA", "--out", "OUT"],
+        ["sweep", "MODEL", "DATA", "--out", "OUT"],
+        ["describe", "DATA", "--verify"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_give_figures_notice_an_altered_id(
+    command: list[str], small_data: tuple[Dataset, Path], model_folder: Path, tmp_path: Path
+) -> None:
+    """In the middle of an array, and as good an id as the other."""
+    data, folder = small_data
+    places = {"DATA": folder, "MODEL": model_folder, "OUT": tmp_path / "out"}
+    path = folder / "test_fold_in_indices.npy"
+    content = path.read_bytes()
+    changed = bytearray(content)
+    middle = header_bytes(path) + 4 * (data.test.fold_in.nnz // 2)
+    changed[middle] = (changed[middle] + 1) % data.n_items
+    path.write_bytes(changed)
+    try:
+        found = CliRunner().invoke(main, [str(places.get(word, word)) for word in command])
+    finally:
+        path.write_bytes(content)
+    assert found.exit_code == 2
+    assert found.stderr.strip().endswith("altered, its content does not have the checksum that was written with it")
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 # Made to do harm

@@ -30,7 +30,7 @@ def baseline(
     """Fit NAME to the training users of DATA, choose on validation, report on both groups of held-out users."""
     if (out / REPORT).exists() and not overwrite:
         raise FileExistsError(f"{out} holds a report already: choose another folder, or --overwrite")
-    kind, dataset, place = BASELINES[name], open_dataset(data), torch_device(device)
+    kind, dataset, place = BASELINES[name], open_dataset(data, verify=True), torch_device(device)
     found = select(kind, dataset, dict(_choice(text) for text in given), search=search, device=place)
     test = dataset.test
     judged = evaluate(found.fitted.recommend, test.fold_in, test.targets, device=place, progress="test")

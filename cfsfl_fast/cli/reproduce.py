@@ -63,7 +63,7 @@ def reproduce(
     given = {name: config_field(name, text) for name, text in options.items() if text is not None}
     fields = {**PRESETS[preset], **(QUICK if quick else {}), **given}
     torch.set_flush_denormal(True)
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, verify=True)
     laboratory = Laboratory(dataset, out, fields, device=torch_device(device), backend=backend)
     experiment = EXPERIMENTS[what](fields).without(skip)
     about = _about(context, laboratory, given if not quick else {**QUICK, **given}, preset)
@@ -183,7 +183,7 @@ def sweep_command(
 ) -> None:
     """Accuracy and time of a trained model answering with several T."""
     model = CFSFL.from_pretrained(run, torch_device(device), backend=backend)
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, verify=True)
     check_items(model, dataset)
     torch.set_flush_denormal(True)
     text = _sweep_csv(sweep(model, getattr(dataset, split), steps, progress="sweep"))

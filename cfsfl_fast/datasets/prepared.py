@@ -2,7 +2,8 @@
 
 What is checked when: opening compares the manifest with its checksum, every array's type and length with the manifest,
 and makes sure that no row start and no item id points outside; it reads the ids once, at the speed of memory. The
-checksums of the arrays are compared on demand, `open_dataset(path, verify=True)`: about a second per gigabyte.
+checksums of the arrays are compared on demand, `open_dataset(path, verify=True)`: about a second per gigabyte. Every
+command that trains on data or gives figures of them asks for it.
 """
 
 import hashlib
