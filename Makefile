@@ -25,7 +25,7 @@ test: $(DONE)
 chaos: $(DONE)
 	$(BIN)/python -m tests.chaos
 
-# Every byte of the headers flipped, and thirty times the suite's inputs of every kind, other ones every time. Then, where
+# Every byte of the headers flipped, and ten times the suite's inputs of every kind, other ones every time. Then, where
 # atheris is installed (pip install atheris), the readers for FUZZ_SECONDS under a fuzzer that follows coverage.
 FUZZ_SECONDS ?= 300
 fuzz: $(DONE)

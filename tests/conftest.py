@@ -22,7 +22,7 @@ try:
 except ImportError:  # on the machine of `make gpu`, whose tests need none
     settings = None
 else:
-    settings.register_profile("fuzz", max_examples=3000, deadline=20_000, print_blob=True)
+    settings.register_profile("fuzz", max_examples=1000, deadline=20_000, print_blob=True)
     """What `make fuzz` takes, other inputs every time: for hours, `--hypothesis-profile` with another of one's own."""
     settings.register_profile("suite", derandomize=True)
     """The same inputs every time, or a run of the suite would fail by chance."""

@@ -24,7 +24,7 @@ from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, stage
 from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
 from cfsfl_fast.distributed import Mesh
 from cfsfl_fast.evaluation import evaluate
-from cfsfl_fast.runs import STATE, Run, read_state
+from cfsfl_fast.runs import Run
 from cfsfl_fast.scarcity import OutOfMemoryError
 from tests.chaos import TRAINING as OPTIONS
 from tests.chaos import digests
@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(toy_folder: Path, tmp
     recommend = ["recommend", "run", "--history", "raw.csv", "--out", "lists.csv", "--device", "cpu"]
     for arguments, place, too_few, enough in (
         (prepare, "data", 2_000, 100_000),
-        (train, "run", 60_000, 1_000_000),  # the model fits, what training goes on from does not
+        (train, "run", 240_000, 1_000_000),  # the model fits, what training goes on from does not
         (recommend, "lists.csv", 5_000, 1_000_000),
     ):
         for attempt in range(2):
@@ -263,7 +263,10 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(toy_folder: Path, tmp
             assert os.strerror(errno.EFBIG) in found.stderr
             assert place in found.stderr
             assert len(found.stderr.strip().splitlines()) == 1
-            if place != "run":
+            if place == "run":
+                assert "training.safetensors" in found.stderr
+                CFSFL.from_pretrained(tmp_path / "run" / "stages" / "recommender")
+            else:
                 assert digests(tmp_path) == before
             if attempt == 0:
                 done = limited(arguments, tmp_path, enough)
@@ -447,30 +450,49 @@ def test_a_run_writes_no_nan(place: str, toy: Dataset, tmp_path: Path) -> None:
     assert digests(tmp_path / "run") == before
 
 
-POISONED = """
-import sys, torch
-from cfsfl_fast import cli, distributed, stages
-real = stages.run_epoch
+# One process of several
+
+FAULTY = """
+import os, resource, sys, torch
+from cfsfl_fast import cli, stages
+fault, real = sys.argv.pop(1) if os.environ["RANK"] == "1" else sys.argv.pop(1) and "", stages.run_epoch
 def run_epoch(model, *arguments):
+    if fault == "memory" and arguments[2] == "joint":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
     found = real(model, *arguments)
-    if arguments[2] == "joint" and model.shard.group.rank == 1:
+    if fault == "nan" and arguments[2] == "joint":
         with torch.no_grad():
             model.lookup.weight[0, 0] = torch.nan
     return found
 stages.run_epoch = run_epoch
+if fault == "disk":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 cli.main(sys.argv[1:])
 """
 
 
-def test_nan_in_the_rows_of_one_process_stops_all(toy_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "told", "told_by_the_other"),
+    [
+        ("nan", *["lookup.weight holds NaN or infinite values after epoch 1 of stage 'joint': lower"] * 2),
+        ("memory", "cpu has no memory for an update of 32 users in stage 'joint'", "process 0 of 2 lost the others"),
+        ("disk", os.strerror(errno.EFBIG), "another process failed, and says why"),
+    ],
+    ids=["nan", "memory", "disk"],
+)
+def test_a_fault_of_one_process_ends_all_and_keeps_what_was(
+    fault: str, told: str, told_by_the_other: str, toy_folder: Path, tmp_path: Path
+) -> None:
+    """The second of two, which has half the rows of every item table."""
     asked = [*command(toy_folder, tmp_path / "run")[3:], "--item-shards=2"]
-    with started(["-c", POISONED, *asked], 2) as running:
+    with started(["-c", FAULTY, fault, *asked], 2) as running:
         errors = [process.communicate(timeout=PATIENCE)[1] for process in running]
         assert [process.returncode for process in running] == [2, 2], errors
-    for error in errors:
-        assert "lookup.weight holds NaN or infinite values after epoch 1 of stage 'joint'" in error
-        assert len(error.strip().splitlines()) == 1
-    progress = read_state(tmp_path / "run" / STATE)[1]
-    assert (progress["stage"], progress["epoch"], len(progress["best"])) == ("joint", 0, 3), "what was before is kept"
+    for error, words in zip(errors, (told_by_the_other, told), strict=True):
+        assert words in error
+        assert "Traceback" not in error
+    kept = sorted(path.parent.name for path in (tmp_path / "run").rglob(checkpoint.MODEL))
+    assert kept == (["recommender"] if fault == "disk" else ["control", "joint", "recommender", "reward", "run"])
     for path in (tmp_path / "run").rglob("*.safetensors"):
         checkpoint.check_finite(path, checkpoint.read_tensors(path)[0])
+    assert not list((tmp_path / "run").rglob("*.partial-*"))
