@@ -510,8 +510,8 @@ def torment(op: Operation, kills: int, steps: int, seed: int) -> Tally:
 @click.option("--kills", default=40, help="Of each operation, at random moments.")
 @click.option("--steps", default=60, help="Of each operation, before steps on the file system.")
 @click.option("--seed", default=0, help="Of the moments.")
-@click.option("--only", help="One operation.")
-def main(kills: int, steps: int, seed: int, only: str | None) -> None:
+@click.option("--only", multiple=True, help="One operation; repeat for more.")
+def main(kills: int, steps: int, seed: int, only: tuple[str, ...]) -> None:
     """Kills every operation; prints what came of it; exit code 1 where anything was lost or half read."""
     began = time.perf_counter()
     columns = ("kills", "nothing", "older", "newer", "reads", "wrong")
@@ -520,7 +520,7 @@ def main(kills: int, steps: int, seed: int, only: str | None) -> None:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="cfsfl-chaos-") as folder:
         for op in operations(Path(folder)):
-            if only not in (None, op.name):
+            if only and op.name not in only:
                 continue
             tally = torment(op, *(max(1, round(op.share * n)) for n in (kills, steps)), seed)
             row = Counter(
