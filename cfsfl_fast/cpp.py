@@ -1,6 +1,7 @@
 """The operations by the C++ kernels of `csrc/`: backend "cpp".
 
-Thin: checks, addresses and outputs. What the kernels do not cover (other dtypes than float32) goes to `library`.
+Thin: checks, addresses and outputs. What the kernels do not cover (other dtypes than float32) goes to `library`, rows
+checked too: torch reads and writes where offsets say.
 
 Threads   as many as torch uses (`torch.set_num_threads`), in torch's own OpenMP pool.
 Numerics  a score is one fixed order of float32 operations, so lists, losses and feedback have the same bits in any
@@ -100,12 +101,12 @@ def flush_denormals() -> Iterator[None]:
 
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
-    if not _covers(table, weights):
-        return library.row_bag(table, items, offsets, weights)
     if table.ndim != 2:
         raise ValueError(f"a table is [M, D]; got {_described(table)}")
-    table = _held("table", table, *table.shape)
     items, offsets = _checked(items, offsets, None, len(table))
+    if not _covers(table, weights):
+        return library.row_bag(table, items, offsets, weights)
+    table = _held("table", table, *table.shape)
     weights = None if weights is None else _held("weights", weights, len(items))
     B, (M, D) = len(offsets) - 1, table.shape
     out = table.new_empty(B, D)
@@ -117,12 +118,12 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
 
 def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None, n_items: int) -> Tensor:
     """The gradient of `row_bag` for its table [M, D]; sums in entry order, the same bits on every run."""
-    if not _covers(dout, weights):
-        return library.row_bag_backward(dout, items, offsets, weights, n_items)
     if dout.ndim != 2:
         raise ValueError(f"dout is [B, D]; got {_described(dout)}")
-    dout = _held("dout", dout, *dout.shape)
     items, offsets = _checked(items, offsets, len(dout), n_items)
+    if not _covers(dout, weights):
+        return library.row_bag_backward(dout, items, offsets, weights, n_items)
+    dout = _held("dout", dout, *dout.shape)
     weights = None if weights is None else _held("weights", weights, len(items))
     B, D = dout.shape
     dtable = dout.new_empty(n_items, D)
@@ -160,12 +161,12 @@ def linear_topk(
     u: Tensor, weight: Tensor, bias: Tensor, k: int, exclude: CSR | None = None, state: _cpp.LoopState | None = None
 ) -> tuple[Tensor, Tensor]:
     """Equation (2): ids and scores of the K best items, excluded ones left out. [B, K] twice"""
+    exclude, rows = _excluded(exclude, len(u), len(weight))
     if not _covers(u, weight, bias):
         return library.linear_topk(u, weight, bias, k, exclude)
     u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
     k = min(k, M)
-    exclude, rows = _excluded(exclude, B, M)
     ids, scores = torch.empty(B, k, dtype=torch.int64), u.new_empty(B, k)
     _cpp.linear_topk(
         ids.data_ptr(), scores.data_ptr(), k, u.data_ptr(), weight.data_ptr(), bias.data_ptr(), B, M, H, *rows, state,
@@ -188,13 +189,13 @@ def linear_nll(
 
     The last is the scores [B, M], or None where they are too many to keep.
     """
+    items, offsets = _checked(items, offsets, len(u), len(weight))
+    exclude, rows = _excluded(exclude, len(u), len(weight))
     if not _covers(u, weight, bias):
         return library.linear_nll(u, weight, bias, items, offsets, exclude, k)
     u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
     k = min(k, M)
-    items, offsets = _checked(items, offsets, B, M)
-    exclude, rows = _excluded(exclude, B, M)
     nll, lse = u.new_empty(B), u.new_empty(B)
     ids, scores = torch.empty(B, k, dtype=torch.int64), u.new_empty(B, k)
     kept = library.scratch.take(B, M, u) if B * M <= KEEP_SCORES else None
@@ -217,14 +218,14 @@ def linear_nll_backward(
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u [B, H], weight [M, H] and bias [M]: ds = dnll (|x| softmax(s) - x) here, library products."""
+    items, offsets = _checked(items, offsets, len(u), len(weight))
+    exclude, rows = _excluded(exclude, len(u), len(weight))
     if not _covers(u, weight, bias, dnll):
         return library.linear_nll_backward(dnll, u, weight, bias, items, offsets, exclude, lse, kept)
     u, weight, bias = _fitting(u, weight, bias)
     (B, H), M = u.shape, len(weight)
     dnll, lse = _held("dnll", dnll, B), _held("lse", lse, B)
     kept = None if kept is None else _held("kept", kept, B, M)
-    items, offsets = _checked(items, offsets, B, M)
-    exclude, rows = _excluded(exclude, B, M)
     du = torch.zeros_like(u)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     width = M if kept is not None else min(M, CHUNK)

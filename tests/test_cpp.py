@@ -380,6 +380,23 @@ def test_other_dtypes_are_the_librarys() -> None:
     assert cpp.row_bag(p.lookup, p.items, p.offsets).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_torch_would_read_out_of_bounds_are_refused_in_every_dtype(dtype: torch.dtype) -> None:
+    p = random_problem(4, 60, 9).to(dtype)
+    items, offsets = torch.tensor([3, 5]), torch.tensor([0, 2**40, -(2**40), 1, 2])
+    u, weight, bias = p.u, p.weight, p.bias
+    for call in (
+        lambda: cpp.row_bag(p.lookup, items, offsets),
+        lambda: cpp.row_bag_backward(u, items, offsets, None, 60),
+        lambda: cpp.linear_topk(u, weight, bias, 5, (items, offsets)),
+        lambda: cpp.linear_nll(u, weight, bias, items, offsets, None, 5),
+        lambda: cpp.linear_nll(u, weight, bias, p.items, p.offsets, (items, offsets), 5),
+        lambda: cpp.linear_nll_backward(bias[:4], u, weight, bias, items, offsets, None, bias[:4], None),
+    ):
+        with pytest.raises(ValueError, match="offsets must ascend"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("items", "offsets", "message"),
     [
