@@ -88,9 +88,10 @@ class Scorer:
 
     def _interactions(self, histories: list[np.ndarray]) -> Interactions:
         counts = np.array([len(history) for history in histories], np.int64)
-        found = np.concatenate([h for h in histories if len(h)] or [np.empty(0, self.item_ids.dtype)])
-        if found.dtype.kind in "fcb":
-            raise ValueError(f"item ids must be whole numbers or texts; got {found.dtype} (is a value missing?)")
+        some = [history for history in histories if len(history)]
+        found = np.concatenate(some or [np.empty(0, self.item_ids.dtype)])
+        if wrong := [ids.dtype for ids in (*some, found) if ids.dtype.kind in "fcb"]:
+            raise ValueError(f"item ids must be whole numbers or texts; got {wrong[0]} (is a value missing?)")
         columns = self._index.columns(found)
         known = columns >= 0
         rows = np.repeat(np.arange(len(histories)), counts)[known]

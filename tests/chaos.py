@@ -347,19 +347,23 @@ def operations(folder: Path) -> Iterator[Operation]:
         data.append(folder / f"data-{version}")
         Child(lambda v=version: command("prepare", raw[v], "--out", data[v]), folder / "log").was_killed()
 
-    prepared = place("prepare")
-
-    def read_data() -> Found:
-        if not prepared.exists():
+    def read_data(at: Path) -> Found:
+        if not at.exists():
             return {}
-        opened = open_dataset(prepared)
+        opened = open_dataset(at)
         opened.validate()
         matrices = [a for m in opened.matrices().values() for a in (m.indptr, m.indices)]
         return {"data": digest(*matrices, *opened.ids().values(), json.dumps(opened.report).encode())}
 
-    yield Operation(
-        "prepare", prepared, lambda v: command("prepare", raw[v], "--out", prepared, "--overwrite"), read_data
-    )
+    for name, more in (("prepare", []), ("prepare-disk", ["--on-disk"])):
+        out = place(name)
+        arguments = ["--out", out, "--overwrite", *more]
+        yield Operation(
+            name,
+            out,
+            lambda v, arguments=arguments: command("prepare", raw[v], *arguments),
+            lambda at=out: read_data(at),
+        )
 
     saved = place("save")
     models = []

@@ -116,7 +116,8 @@ def test_batches_of_the_scorer(scorers: dict[str, Scorer], kind: str, batch: lis
 
     def check(found: dict[str, Any]) -> None:
         for history, best in zip(batch, found["items"], strict=True):
-            seen = sorted({places[str(item)] for item in np.asarray(history).ravel().tolist() if str(item) in places})
+            texts = np.asarray(history).ravel().astype(np.str_).tolist()
+            seen = sorted({places[text] for text in texts if text in places})
             ids, _ = scorer.model.recommend((np.array(seen, np.int64), np.array([0, len(seen)])), 5)
             assert best.tolist() == scorer.item_ids[ids[0].numpy()].tolist()
 
