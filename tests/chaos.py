@@ -47,7 +47,7 @@ from tests.processes import environment, free_port
 
 SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}
 TRAINING = {**SIZES, "batch_size": 32, "epochs": "3,2,2", "learning_rate": 1e-2, "joint_learning_rate": 3e-3}
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds after which a child hangs."""
 
 Found = dict[str, str]

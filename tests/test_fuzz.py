@@ -376,9 +376,12 @@ def slow_id(text: str, integer: bool) -> int | str:
 
 
 def slow_rating(text: str) -> float:
-    """A finite number."""
+    """A finite number, blanks around it."""
+    text = text.strip(" ")
+    if not re.fullmatch("[!-~]+", text) or "_" in text:  # what float would take, too
+        raise BadError
     try:
-        value = float(text.strip(" ")) if "_" not in text else math.nan
+        value = float(text)
     except ValueError:
         raise BadError from None
     if not math.isfinite(value):

@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import lzma
 import os
 import sys
@@ -19,7 +20,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsfl_fast.datasets import Events, load_source, read_events, read_histories
+from cfsfl_fast.datasets import Events, load_source, read_events, read_histories, synthetic_dataset
 from cfsfl_fast.datasets.events import _distinct
 
 DATA = Path(os.environ.get("CFSFL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -519,6 +520,41 @@ def test_finished_split_that_does_not_fit(tmp_path: Path) -> None:
     write(files["test_te.csv"], "uid,sid\n5,0\n5,-2\n")
     with pytest.raises(ValueError, match=r"test_te\.csv, line 3: expected uid,sid counted from 0; found '5,-2'"):
         load_source(tmp_path / "pro_sg")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("test_te.csv", "uid,sid\n5,0\n2,2\n", "a user is in more than one part"),
+        ("validation_te.csv", "uid,sid\n3,0\n", "validation has a target that is also in the fold-in"),
+    ],
+)
+def test_finished_split_that_tells_its_answers(file: str, text: str, words: str, tmp_path: Path) -> None:
+    files = split_files(tmp_path / "pro_sg")
+    write(files[file], text)
+    with pytest.raises(ValueError, match=words):
+        load_source(tmp_path / "pro_sg")
+
+
+def test_finished_split_in_one_file_that_tells_its_answers(tmp_path: Path) -> None:
+    dataset = synthetic_dataset(60, 30, events_per_user=8)
+    arrays: dict[str, Any] = {"n_users": 60, "n_items": dataset.n_items}
+    first = 0
+    for name, matrix, starts in (
+        ("train", dataset.train, True),
+        ("vad_tr", dataset.validation.fold_in, True),
+        ("vad_te", dataset.validation.targets, False),
+        ("test_tr", dataset.test.fold_in, False),  # the same users as for validation
+        ("test_te", dataset.test.targets, False),
+    ):
+        rows = [matrix.indices[a:b] for a, b in itertools.pairwise(matrix.indptr)]
+        arrays[f"{name}_counts"] = np.diff(matrix.indptr)
+        arrays[f"{name}_deltas"] = np.concatenate([np.diff(row, prepend=0) for row in rows])
+        arrays[f"{name}_first_user"] = first - (0 if starts else len(rows))
+        first += len(rows) if starts else 0
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match="a user is in more than one part"):
+        load_source(tmp_path / "a.npz")
 
 
 def test_parquet(tmp_path: Path) -> None:

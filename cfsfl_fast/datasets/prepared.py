@@ -60,7 +60,8 @@ def load_source(
 
     Raises:
         FileNotFoundError: nothing is at `source`.
-        ValueError: what the reader or the protocol refuses, or a protocol for csv files that are split already.
+        ValueError: what the reader or the protocol refuses, or a protocol for csv files that are split already; of a
+            finished split also what `Dataset.validate` refuses, such as a test user who is a training user too.
     """
     columns = Columns(user_column, item_column, rating_column, delimiter, header)
     chosen = Protocol.preset(protocol) if isinstance(protocol, str) else protocol
@@ -68,11 +69,15 @@ def load_source(
     if found.format == "split":
         if chosen is not None:
             raise ValueError(f"{found.path.name}: brings its own split; no protocol can be applied")
-        return _with_origin(read_split(found), found.path.name, found.format, None)
+        dataset = read_split(found)
+        dataset.validate()  # somebody else made it
+        return _with_origin(dataset, found.path.name, found.format, None)
     if found.format == "compact" and chosen is None:
         compact = Compact(found.path)
         if compact.is_split:
-            return _with_origin(compact.dataset(), found.path.name, found.format, None)
+            dataset = compact.dataset()
+            dataset.validate()
+            return _with_origin(dataset, found.path.name, found.format, None)
     chosen = chosen or Protocol.preset("none")
     dataset = split_events(events_of(found, columns, show_progress), chosen)
     return _with_origin(dataset, found.path.name, found.format, chosen)
