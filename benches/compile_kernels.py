@@ -17,7 +17,7 @@ from cfsfl_fast import CFSFL, CFSFLConfig
 from cfsfl_fast.graphs import capacity
 from cfsfl_fast.training import Optimisers, Updates
 
-WORK = ("inference", "recommender", "reward", "joint")
+WORK = (("inference", "recommender"), ("reward", "joint"))
 PRECISIONS = ("fp32", "tf32", "bf16")
 USERS = (500, 4096)
 
@@ -45,20 +45,21 @@ def launch_all(what: str, precision: str, device: torch.device, shape: str) -> N
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="at a tiny size on the CPU")
-    parser.add_argument("--only", nargs=2, metavar=("WHAT", "PRECISION"), help="in this process")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="a precision and what to run, in this process")
     given = parser.parse_args()
     if given.only:
         device = torch.device("cpu" if given.rehearse else "cuda")
-        launch_all(*given.only, device, "tiny" if given.rehearse else "ml-20m")
+        precision, *work = given.only
+        for what in work:
+            launch_all(what, precision, device, "tiny" if given.rehearse else "ml-20m")
         return 0
     flags = ["--rehearse"] if given.rehearse else []
-    todo = [(what, precision) for precision in PRECISIONS for what in WORK]
+    todo = [[precision, *work] for precision in PRECISIONS for work in WORK]
     if given.rehearse:
-        todo = [("inference", "fp32"), ("joint", "bf16")]
-    running = {pair: subprocess.Popen([sys.executable, __file__, *flags, "--only", *pair]) for pair in todo}
-    codes = {pair: process.wait() for pair, process in running.items()}
-    failed = [" in ".join(pair) for pair, code in codes.items() if code]
-    print(f"{len(codes) - len(failed)} of {len(codes)} ran", *failed, sep="; not ")
+        todo = [["fp32", "inference", "joint"]]
+    running = [subprocess.Popen([sys.executable, __file__, *flags, "--only", *words]) for words in todo]
+    failed = [" ".join(words) for words, process in zip(todo, running, strict=True) if process.wait()]
+    print(f"{len(todo) - len(failed)} of {len(todo)} ran", *failed, sep="; not ")
     return bool(failed)
 
 

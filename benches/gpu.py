@@ -91,7 +91,7 @@ def rounds(results: Path, cuda: bool) -> list[Round]:
         Round(45, [Part("bench_training", [*bench, *uncompiled, "benches/bench_training.py"])]),
         Round(115, [Part("bench_schedule", [*bench, "benches/bench_schedule.py"])]),
         Round(20, [Part("profile", [*python, "benches/profile_loop.py", "--results", str(results), *rehearse])]),
-        Round(25, [Part("operations", [*bench, *(["-k", "every_size and B=500"] if cuda else []), *operations])]),
+        Round(25, [Part("operations", [*bench, "-k", "every_size and not 4096", *operations])]),
         Round(15, [Part("bench_recommend", [*bench, "benches/bench_recommend.py"])]),
         Round(15, [Part("torch.compile, loop", [*compiled, "benches/bench_loop.py"])]),
         Round(15, [Part("torch.compile, training", [*compiled, "benches/bench_training.py"])]),

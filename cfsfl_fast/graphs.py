@@ -15,11 +15,12 @@ Memory    Graphs of one device share a pool. A replay overwrites what others lef
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,15 +108,13 @@ class _Device:
         if not self.graphs:  # the allocator takes no pool back whose graphs are all gone
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        _forget_workspaces()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
-                outputs = function(*inputs)
-        except RuntimeError:
-            self._end_failed(graph, stream)
-            raise
-        finally:
-            _forget_workspaces()
+        with _undisturbed():
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.aside, capture_error_mode="thread_local"):
+                    outputs = function(*inputs)
+            except RuntimeError:
+                self._end_failed(graph, stream)
+                raise
         self.graphs.add(graph)
         return graph, outputs
 
@@ -138,13 +137,23 @@ class _Device:
         return copies
 
 
-def _forget_workspaces() -> None:
-    """Lets every graph have cuBLAS's workspaces in the graphs' pool, where they live as long as it.
-
-    torch keeps one for each stream, graphs hold its address, and the end of any graph that was captured on the stream
-    takes it away from all others (PyTorch issue 193402).
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """For a capture. No graph that is garbage ends inside, which a device may refuse while it captures. And every graph
+    has cuBLAS's workspaces in the graphs' pool, where they live as long as it: torch keeps one for each stream, graphs
+    hold its address, and the end of any graph that was captured on the stream takes it away from all others (PyTorch
+    issue 193402).
     """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
     torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        if collects:
+            gc.enable()
 
 
 class Graphs:

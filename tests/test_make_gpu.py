@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from tests.conftest import ROOT
 
@@ -117,11 +119,12 @@ def test_every_part_is_there_to_run(gpu: ModuleType, tmp_path: Path, cuda: bool)
     assert marked == {Path(name).name for name in names if name.startswith("tests/")}
 
 
-def test_nothing_is_imported_that_the_machine_may_lack(gpu: ModuleType, tmp_path: Path) -> None:
-    """It has torch, triton, numpy, scipy, pybind11, setuptools, pytest and pytest-benchmark."""
+def test_every_part_finds_its_tests_with_what_the_machine_has(gpu: ModuleType, tmp_path: Path) -> None:
+    """torch, triton, numpy, scipy, pybind11, setuptools, pytest and pytest-benchmark."""
     absent = ("hypothesis", "click", "tqdm", "safetensors", "polars", "matplotlib", "sklearn", "implicit")
-    files = {w for _, parts in gpu.rounds(tmp_path, True) for p in parts for w in p.command if w.endswith(".py")}
-    tests = [name for name in files if name.startswith("tests/") or "bench_" in name]
+    parts = [part for cuda in (True, False) for _, parts in gpu.rounds(tmp_path, cuda) for part in parts]
+    files = {word for part in parts for word in part.command if word.endswith(".py")}
+    tests = sorted(name for name in files if name.startswith("tests/") or "bench_" in name)
     code = (
         "import importlib.abc, sys\n"
         "class Absent(importlib.abc.MetaPathFinder):\n"
@@ -133,6 +136,18 @@ def test_nothing_is_imported_that_the_machine_may_lack(gpu: ModuleType, tmp_path
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(python(code), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    collected = [line.lower() for line in done.stdout.splitlines() if "::" in line]
+    for part in parts:
+        chosen = [text for flag, text in itertools.pairwise(part.command) if flag == "-k"]
+        if chosen:  # the last one counts
+            expression = Expression.compile(chosen[-1])
+            mine = tuple(word.lower() for word in part.command if ".py" in word)
+            found = [
+                line
+                for line in collected
+                if line.startswith(mine) and expression.evaluate(lambda text, line=line, **_: text.lower() in line)
+            ]
+            assert found, f"{part.name}: nothing is {chosen[-1]!r}"
 
 
 def test_shares_of_a_test_run(tmp_path: Path) -> None:
