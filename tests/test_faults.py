@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from click.testing import CliRunner
 
 from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, stages, training
+from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
 from cfsfl_fast.distributed import Mesh
 from cfsfl_fast.evaluation import evaluate
@@ -279,6 +281,24 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(toy_folder: Path, tmp
     assert whole.returncode == 0, whole.stderr
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.partial-*"))
+
+
+@pytest.mark.parametrize("most_bytes", [1_000, 9_000, 30_000])
+def test_a_disk_that_fills_while_events_are_sorted_on_it(most_bytes: int, tmp_path: Path) -> None:
+    rows = "".join(f"{u},{i}\n" for u in range(2000) for i in range(u % 7, 40, 7))
+    (tmp_path / "raw.csv").write_text("user,item\n" + rows)
+    asked = ["prepare", str(tmp_path / "raw.csv"), "--out", str(tmp_path / "data"), "--on-disk"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        found = CliRunner().invoke(main, asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert found.exit_code == 2, found.output
+    assert os.strerror(errno.EFBIG) in found.stderr
+    assert str(tmp_path / "data") in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.csv"]
+    assert CliRunner().invoke(main, asked).exit_code == 0
 
 
 def test_a_read_only_folder_is_one_line(toy_folder: Path) -> None:

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from cfsfl_fast import CFSFL
+from cfsfl_fast.cli import main
 from tests.conftest import clusters
 
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
@@ -245,6 +247,14 @@ def test_health_and_metrics() -> None:
 def test_limits_are_checked() -> None:
     with pytest.raises(ValueError, match="limit batch must be at least 1; got 0"):
         Limits(batch=0)
+
+
+def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(main, ["serve", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr.endswith("pip install 'cfsfl-fast[serve]'\n")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_command(tmp_path: Path) -> None:

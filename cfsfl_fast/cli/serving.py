@@ -50,9 +50,12 @@ def serve(
     run_time: dict[str, Any],
 ) -> None:
     """Serve a trained model over HTTP: POST /recommend {"items": [...], "n": 10}; GET /health and /metrics."""
-    import uvicorn
-
     from cfsfl_fast.serving import Limits, Server  # needs the extra
+
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(f"serving needs a web server ({error}): pip install 'cfsfl-fast[serve]'") from error
 
     limits = Limits(n=max_n, items=max_items, body=max_body, batch=batch, waiting=max_waiting)
     model = CFSFL.from_pretrained(run, torch_device(device), **run_time)
