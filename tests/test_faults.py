@@ -21,13 +21,15 @@ import safetensors
 import torch
 from click.testing import CliRunner
 
-from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, stages, training
+from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, resharding, stages, training
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
-from cfsfl_fast.distributed import Mesh
+from cfsfl_fast.distributed import ALONE, Mesh
 from cfsfl_fast.evaluation import evaluate
+from cfsfl_fast.model import ITEM_TABLES
 from cfsfl_fast.runs import Run
 from cfsfl_fast.scarcity import OutOfMemoryError
+from cfsfl_fast.sharded import Shard
 from tests.chaos import TRAINING as OPTIONS
 from tests.chaos import digests
 from tests.conftest import ROOT
@@ -222,6 +224,26 @@ def test_a_part_of_a_model_is_never_of_two_versions(
         monkeypatch, module, name, lambda version: models[version].save_pretrained(place), read
     )
     assert all(found in ({1}, set()) for found in disturbed)
+    assert undisturbed == {0}
+    assert disturbed
+
+
+@pytest.mark.parametrize("name", ["verified", "opened", "_compare"])
+def test_a_part_of_a_file_and_its_text_are_of_one_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As a run's weights and its progress."""
+    path = tmp_path / "training.safetensors"
+
+    def write(version: int) -> None:
+        checkpoint.write_tensors(path, {"lookup.weight": torch.full((5, 2), version)}, {"progress": str(version)})
+
+    def read() -> set[int]:
+        tensors, metadata = resharding.read_tensors(path, Shard(Nth(1, 2), 5), ALONE, ITEM_TABLES)
+        return {int(metadata["progress"]), *tensors["lookup.weight"].flatten().tolist()}
+
+    *disturbed, undisturbed = read_disturbed(monkeypatch, checkpoint, name, write, read)
+    assert all(found == {1} for found in disturbed)
     assert undisturbed == {0}
     assert disturbed
 
