@@ -70,6 +70,10 @@ class CFSFLConfig:
             drawn anew for every update (`ops.sampled_nll` states the bias). For catalogues of millions.
         table_updates: "dense", or "rows": item tables move only in the rows that an update looked up (`row_adam`). With
             the full softmax every row of the output layer is looked up.
+        table_dtype: of the rows of input and output tables, "fp32", or "bf16": half the memory. What is looked up is
+            widened, products and sums are float32 (of lists as with precision="bf16"), moments too, and a moved row is
+            rounded at random so that small moves add up. For "vae" and "dae" with softmax="sampled" and
+            table_updates="rows".
         patience: a stage ends after so many epochs without a better validation score; 0 never.
         control: also train the recommender alone for stage 3's epochs and rate, so that a gain can be told from that.
         seed: of initial weights, batches, dropout and noise.
@@ -115,6 +119,7 @@ class CFSFLConfig:
     softmax: str = "full"
     negatives: int = 4096
     table_updates: str = "dense"
+    table_dtype: str = "fp32"
     patience: int = 20
     control: bool = True
     seed: int = 0
@@ -145,6 +150,11 @@ class CFSFLConfig:
                 f'softmax="sampled" estimates the multinomial loss of {", ".join(MULTINOMIAL)}; '
                 f"got recommender={self.recommender!r}"
             )
+        if self.table_dtype == "bf16":
+            for name, needed in _OF_NARROW_TABLES.items():
+                if getattr(self, name) not in needed:
+                    wanted = " or ".join(map(repr, needed))
+                    raise ValueError(f'table_dtype="bf16" needs {name} = {wanted}; got {getattr(self, name)!r}')
         inputs = self.feedback_inputs.split(",")
         if not set(inputs) <= set(FEEDBACK_INPUTS) or len(set(inputs)) < len(inputs):
             expected = ",".join(FEEDBACK_INPUTS)
@@ -301,6 +311,13 @@ _CHOICES = {
     "reward_batch": ("shared", "fresh"),
     "softmax": ("full", "sampled"),
     "table_updates": ("dense", "rows"),
+    "table_dtype": ("fp32", "bf16"),
+}
+_OF_NARROW_TABLES = {
+    "recommender": ("vae", "dae"),
+    "feedback": ("embedding",),
+    "softmax": ("sampled",),
+    "table_updates": ("rows",),
 }
 _OF_RECOMMENDER = {
     "kl_cap": ({"vae-gaussian": 0.05, "vae-linear": 0.05}, 0.2),

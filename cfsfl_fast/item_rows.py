@@ -30,10 +30,23 @@ def kept(span: tuple[int, int]) -> Iterator[None]:
         _span.reset(token)
 
 
+_dtype: contextvars.ContextVar[torch.dtype] = contextvars.ContextVar("cfsfl_table_dtype", default=torch.float32)
+
+
+@contextlib.contextmanager
+def stored_as(dtype: torch.dtype) -> Iterator[None]:
+    """Glorot tables that are made inside have this dtype: the numbers of float32, rounded."""
+    token = _dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dtype.reset(token)
+
+
 def glorot(n_items: int, width: int) -> Tensor:
     """A table's first weights: uniform within sqrt(6 / (M + H)) (Glorot and Bengio 2010). [rows, H]"""
     bound = math.sqrt(3.0) * math.sqrt(2.0 / float(n_items + width))
-    return _drawn(n_items, width, lambda block: block.uniform_(-bound, bound))
+    return _drawn(n_items, width, lambda block: block.uniform_(-bound, bound), _dtype.get())
 
 
 def normal(n_items: int, width: int, scale: float) -> Tensor:
@@ -47,12 +60,12 @@ def own(whole: Tensor) -> Tensor:
     return whole if span is None else whole[span[0] : span[1]].clone()
 
 
-def _drawn(n_items: int, width: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
+def _drawn(n_items: int, width: int, draw: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     span = _span.get()
-    if span is None:
+    if span is None and dtype == torch.float32:
         return draw(torch.empty(n_items, width))
-    first, last = span
-    table = torch.empty(last - first, width)
+    first, last = span or (0, n_items)
+    table = torch.empty(last - first, width, dtype=dtype)
     begin = 0
     while begin < n_items:
         # The last block takes what is left: of fewer than 16 numbers, normal ones come another way.

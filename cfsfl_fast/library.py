@@ -87,6 +87,18 @@ def without_room(items: Tensor, offsets: Tensor) -> CSR:
     return items[:last], offsets
 
 
+def widened(table: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of a narrow table that are looked up, in float32: their ids [n], the rows [n, D], and every item's place
+    among them.
+    """
+    ids = items.clamp_max(len(table) - 1)
+    if torch.compiler.is_compiling():  # a graph does not know how many are different
+        places = torch.arange(len(items), device=items.device)
+    else:
+        ids, places = ids.unique(return_inverse=True)
+    return ids, table[ids].float(), places
+
+
 def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_{e in row b} weights_e table[items_e]. [B, D]"""
     ends = ended(offsets, len(items))

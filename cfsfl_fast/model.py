@@ -39,6 +39,7 @@ ITEM_TABLES = ("recommender.input.weight", "recommender.output.weight", "recomme
 _OF_PARTS: dict[str, tuple[Any, ...]] = {
     "recommender": ("vae", "dae"),
     "feedback": ("embedding",),
+    "table_dtype": ("fp32",),
     "backend": ("auto", "triton", "cpp", "torch"),
     "precision": ("fp32",),
     "deterministic": (False,),
@@ -134,10 +135,13 @@ class CFSFL(nn.Module):
                 **training,
             }
         )
+        if self.config.table_dtype == "bf16" and backend == "reference":
+            raise ValueError('table_dtype="bf16" is not what backend="reference" states; choose another of the two')
         self.shard: Shard | None = None
         self.item_ids: np.ndarray | None = None
         self._batches = Batches(ROWS)
-        self.recommender = RECOMMENDERS[recommender](n_items, hidden_dim, latent_dim, feedback_dim)
+        with item_rows.stored_as(torch.bfloat16 if self.config.table_dtype == "bf16" else torch.float32):
+            self.recommender = RECOMMENDERS[recommender](n_items, hidden_dim, latent_dim, feedback_dim)
         self.lookup = LookupTable(n_items, lookup_dim)
         judges = self.config.judges_items
         self.memory = ItemMemory(n_items) if judges else None
@@ -206,7 +210,7 @@ class CFSFL(nn.Module):
     def output_table(self) -> ops.Table:
         """The recommender's output layer, for the operations of one pass; rounded where products are narrow."""
         output = self.recommender.output
-        if self.precision == "bf16":
+        if self.precision == "bf16" or output.weight.dtype == torch.bfloat16:
             # In every pass: a copy that is kept would be stale where nobody tells that weights changed.
             return ops.Table(output.weight.bfloat16(), output.bias.bfloat16())
         return ops.Table(output.weight, output.bias)

@@ -5,7 +5,7 @@ formulas of SPEC's letters, which tests/test_plan.py holds against measured memo
 rows of every item table (`item_shards`) and G / S share a batch: B = batch_size S / G users a device.
 
 Memory    of the stage that takes most, the joint one where there is one.
-          tables + layers       4 bytes an entry; tables / S
+          tables + layers       4 bytes an entry, 2 of input and output tables with `table_dtype="bf16"`; tables / S
           moments               Adam's two, of everything that is trained; of the lookup table, two optimisers'. With
                                 `table_updates="rows"` a CPU only has those of rows that were ever touched
           gradients             one of everything, and a second of the output layer: of listed rows, and of the softmax;
@@ -189,7 +189,7 @@ def plan(
     layers = sum(sum(w.shape) for name, w in weights.items() if w.dim() == 2 and name not in ITEM_TABLES)
     scores = 0 if sampled and not joint else min(B * rows, max(library.CHUNK_SCORES, B))
     memory = {
-        "tables": 4 * sum(tables.values()),
+        "tables": sum(n * weights[name].element_size() for name, n in tables.items()),
         "layers": 4 * (entries("") - sum(tables.values())),
         "moments": 8 * (theta + psi + phi),
         "gradients": 4 * (gradients + (tables["recommender.output.weight"] if whole_output else 0)),

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsfl_fast import noise
+
+ROUNDING = 5
+"""Stream of random numbers."""
+
 
 class RowAdam(torch.optim.Adam):
     """`torch.optim.Adam`, but a parameter whose gradient is sparse in its rows is updated in these rows alone.
@@ -15,6 +20,10 @@ class RowAdam(torch.optim.Adam):
     correction counts its own updates, so a row moves as it would if the updates without it had not been. (Dense Adam
     would let it coast on its old moments, and pull it to zero by the l2 penalty.) Parameters with dense gradients are
     updated as ever.
+
+    A bfloat16 parameter is moved in float32 and rounded up or down at random, the nearer the likelier, so that moves of
+    less than half a step add up to what they should (stochastic rounding). The random numbers depend on the row, its
+    updates and the column. Its moments are float32.
 
     State of such a parameter: exp_avg and exp_avg_sq of its shape, of which a CPU only has the pages that were touched,
     and row_steps [M] int32.
@@ -39,10 +48,14 @@ class RowAdam(torch.optim.Adam):
     def _step_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             state["row_steps"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
-        rows, found = gradient.indices()[0], gradient.values()
-        (beta1, beta2), weights = group["betas"], parameter[rows]
+        rows, narrow = gradient.indices()[0], parameter.dtype == torch.bfloat16
+        found, weights = gradient.values(), parameter[rows]
+        if narrow:
+            found, weights = found.float(), weights.float()
+        beta1, beta2 = group["betas"]
         if group["weight_decay"]:
             found = found.add(weights, alpha=group["weight_decay"])
         steps = state["row_steps"][rows] + 1
@@ -52,7 +65,16 @@ class RowAdam(torch.optim.Adam):
         first, second = (1 - beta**n for beta in (beta1, beta2))
         rate = (group["lr"] / first).float()[:, None]
         spread = square.div(second.float()[:, None]).sqrt_().add_(group["eps"])
-        parameter.index_copy_(0, rows, weights - rate * mean / spread)
+        moved = weights - rate * mean / spread
+        parameter.index_copy_(0, rows, rounded(moved, rows, steps) if narrow else moved)
         state["row_steps"].index_copy_(0, rows, steps)
         state["exp_avg"].index_copy_(0, rows, mean)
         state["exp_avg_sq"].index_copy_(0, rows, square)
+
+
+def rounded(values: Tensor, *keys: Tensor) -> Tensor:
+    """Rows [n, D] of float32 as bfloat16, up or down at random, so that the values are the means; keys [n] each."""
+    column = torch.arange(values.shape[1], device=values.device)
+    drawn = noise.bits(ROUNDING, *(key.long()[:, None] for key in keys), column) & 0xFFFF
+    bits = values.view(torch.int32) + drawn.int()  # carries into the upper half as often as the lower says
+    return (bits & -0x10000).view(torch.float32).bfloat16()

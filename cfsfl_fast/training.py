@@ -344,7 +344,8 @@ def update(optimiser: torch.optim.Adam, loss: Tensor, group: Group = ALONE) -> N
         parameter.grad = gradient
     for parameter, gradient in used:
         if gradient.is_sparse:
-            parameter.grad = group.row_sums(gradient)
+            wide = gradient if group.size == 1 else gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            parameter.grad = group.row_sums(wide).to(parameter.dtype)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 

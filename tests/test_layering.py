@@ -40,7 +40,7 @@ ALLOWED = {
     | {"interactions", "metrics", "model", "plan", "resharding", "scarcity", "sharded", "stages", "training"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
     | {"folds", "progress", "scarcity", "sharded", "training"},
-    "row_adam": set(),
+    "row_adam": {"noise"},
     "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
     | {"folds", "lookups", "noise", "ops", "recommenders", "row_adam", "virtual_user"},
     "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}

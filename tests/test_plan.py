@@ -38,6 +38,16 @@ def test_tables_layers_and_moments_are_those_of_the_model(recommender: str) -> N
     assert memory["moments"] == 8 * sum(p.numel() for part in parts for p in part)
 
 
+def test_narrow_tables_take_half() -> None:
+    config = dataclasses.replace(SMALL, softmax="sampled", table_updates="rows", table_dtype="bf16")
+    model = fresh_model(900, config, device="cpu")
+    memory = plan(900, 50, config).memory
+    assert memory["tables"] + memory["layers"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    wide = plan(900, 50, dataclasses.replace(config, table_dtype="fp32")).memory
+    assert wide["tables"] - memory["tables"] == 2 * 900 * 2 * 32
+    assert {part for part in memory if memory[part] != wide[part]} == {"tables"}
+
+
 def test_what_shards_share() -> None:
     one, four = plan(100_000, 5000, SMALL), plan(100_000, 5000, SMALL, devices=4, item_shards=4)
     for part in ("tables", "gradients", "moments"):

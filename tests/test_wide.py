@@ -13,7 +13,7 @@ from torch import Tensor
 from cfsfl_fast import CFSFL, CFSFLConfig, backends, ops
 from cfsfl_fast.interactions import Interactions, from_pairs
 from cfsfl_fast.lookups import Table, gradients_by_rows
-from cfsfl_fast.row_adam import RowAdam
+from cfsfl_fast.row_adam import RowAdam, rounded
 from cfsfl_fast.runs import Run
 from cfsfl_fast.stages import fresh_model
 from cfsfl_fast.training import Noise, Optimisers, joint_step, run_epoch, view
@@ -216,6 +216,124 @@ def test_two_processes_by_rows_are_one(shards: int, toy: Any, toy_folder: Path, 
     options = [f"--{name.replace('_', '-')}={value}" for name, value in WIDE.items()]
     outputs([*command(toy_folder, tmp_path / "two")[1:], *options, f"--item-shards={shards}"], 2)
     assert_alike(tmp_path / "two", tmp_path / "one", 1e-4)
+
+
+# Tables in bfloat16
+
+
+def test_rows_of_a_narrow_table_are_widened() -> None:
+    u, output, x, exclude = problem(dtype=torch.float32)
+    drawn = torch.randint(40, (60,), generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, bias = (leaf.detach().bfloat16().to(dtype).requires_grad_() for leaf in _leaves(output))
+        code = u.detach().clone().requires_grad_()
+        with gradients_by_rows():
+            table = Table(weight, bias)
+            loss = ops.sampled_nll(code, table, *x.csr, exclude.csr, drawn, 40)
+            bags = ops.row_bag(table, *x.csr, torch.linspace(0.1, 0.9, len(x.items)))
+            assert loss.dtype == bags.dtype == torch.float32
+            dcode, dweight = torch.autograd.grad(loss.sum() + bags.square().sum(), [code, weight])
+        assert dweight.is_sparse
+        assert dweight.dtype == dtype
+        found.append((loss.detach(), bags.detach(), dcode, dweight.to_dense()))
+    (*narrow, dnarrow), (*wide, dwide) = found
+    for mine, expected in zip(narrow, wide, strict=True):
+        assert torch.equal(mine, expected)
+    assert torch.equal(dnarrow, dwide.bfloat16()), "summed in float32, rounded once"
+
+
+def test_rounding_goes_up_as_often_as_the_value_says() -> None:
+    values = torch.tensor([1.0, 1.0 + 2**-9, 1.0 + 3 * 2**-10, -0.3, 1e-3, 0.0]).expand(20_000, 6)
+    keys = torch.arange(20_000)
+    found = rounded(values, keys, keys // 7)
+    near = torch.stack(
+        [
+            values[0].bfloat16(),
+            *(torch.nextafter(values[0].bfloat16(), values.new_tensor(to).bfloat16()) for to in (9.0, -9.0)),
+        ]
+    )
+    assert bool((found[:, None] == near).any(1).all()), "a neighbour"
+    step = 2.0 ** (torch.frexp(values[0]).exponent - 8)
+    assert bool(((found.float().mean(0) - values[0]).abs() <= 4 * 0.5 * step / 20_000**0.5).all())
+    assert bool((found[:, 0] == 1).all()), "what is a bfloat16 stays"
+    assert torch.equal(found, rounded(values, keys, keys // 7))
+
+
+def test_moves_smaller_than_a_step_add_up() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(50, 40).bfloat16()
+    narrow, wide = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    rows = torch.arange(0, 50, 2)
+    optimisers = [RowAdam([{"params": [p], "lr": 1e-4}], fused=True) for p in (narrow, wide)]
+    for _ in range(100):
+        gradient = torch.randn(25, 40).bfloat16() + 0.5
+        for parameter, optimiser in zip((narrow, wide), optimisers, strict=True):
+            part = gradient.to(parameter.dtype)
+            parameter.grad = torch.sparse_coo_tensor(rows[None], part, (50, 40), check_invariants=True)
+            optimiser.step()
+    moved = [p.detach().float() - start.float() for p in (narrow, wide)]
+    assert not bool(moved[0][1::2].any()), "a row without a gradient"
+    assert float(moved[0][::2].mean()) == pytest.approx(float(moved[1][::2].mean()), rel=0.05)
+    states = [optimiser.state[p] for optimiser, p in zip(optimisers, (narrow, wide), strict=True)]
+    assert states[0]["exp_avg"].dtype == torch.float32
+    assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"])
+
+
+NARROW = {**WIDE, "table_dtype": "bf16"}
+
+
+def test_narrow_tables_learn_and_resume_with_the_same_weights(toy: Any, tmp_path: Path) -> None:
+    config = CFSFLConfig(**{**QUICK, **NARROW, "epochs": (12, 2, 2)})
+    report = Run(toy, tmp_path / "whole", config, show_progress=False).train()
+    assert min(found["Recall@20"][0] for found in list(report["test"].values())[1:]) > 0.95
+    stopped = Run(toy, tmp_path / "run", config, show_progress=False)
+    saves, save = [], stopped.save_state
+
+    def save_and_stop() -> None:
+        save()
+        saves.append(1)
+        if len(saves) in (2, 15):
+            raise KeyboardInterrupt
+
+    stopped.save_state = save_and_stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    Run(toy, tmp_path / "run", config, resume=True, show_progress=False).train()
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+    model = CFSFL.from_pretrained(tmp_path / "run")
+    tables = {name for name, w in model.named_parameters() if w.dtype == torch.bfloat16}
+    assert tables == {"recommender.input.weight", "recommender.output.weight"}
+    ids, scores = model.recommend(toy.test.fold_in, 5)
+    assert scores.dtype == torch.float32
+    alone = model.recommend(toy.test.fold_in[3], 5)
+    assert torch.equal(ids[3], alone[0][0])
+
+
+def test_two_processes_with_narrow_tables_are_one(toy: Any, toy_folder: Path, tmp_path: Path) -> None:
+    Run(toy, tmp_path / "one", CFSFLConfig(**{**QUICK, **NARROW}), show_progress=False).train()
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in NARROW.items()]
+    outputs([*command(toy_folder, tmp_path / "two")[1:], *options], 2)
+    assert_alike(tmp_path / "two", tmp_path / "one", 1e-2)  # a gradient may round the other way
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"softmax": "full"}, "needs softmax = 'sampled'; got 'full'"),
+        ({"table_updates": "dense"}, "needs table_updates = 'rows'; got 'dense'"),
+        ({"recommender": "recvae"}, "needs recommender = 'vae' or 'dae'; got 'recvae'"),
+        ({"feedback": "scores"}, "needs feedback = 'embedding'; got 'scores'"),
+    ],
+)
+def test_narrow_tables_are_for_updates_by_rows(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f'table_dtype="bf16" {message}'):
+        CFSFLConfig(**{**NARROW, **choice})
+
+
+def test_the_specification_knows_no_narrow_tables() -> None:
+    with pytest.raises(ValueError, match='table_dtype="bf16" is not what backend="reference" states'):
+        CFSFL.from_config(N_ITEMS, CFSFLConfig(**NARROW), backend="reference")
 
 
 def test_only_the_multinomial_loss_is_sampled() -> None:

@@ -22,23 +22,27 @@ class _SampledScores(torch.autograd.Function):
         ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, shared: Tensor, items: Tensor, offsets: Tensor, impl: Any
     ) -> tuple[Tensor, Tensor]:
         each = torch.arange(len(shared) + 1, device=u.device)
+        ctx.rest, ctx.sink, ctx.impl = (shared, each, items, offsets), sink_of(weight), impl
+        if weight.dtype == torch.bfloat16:
+            ids, weight, places = library.widened(weight, torch.cat([shared, items]))
+            bias = bias[ids].float()
+            shared, items = places.split([len(shared), len(items)])
         rows = impl.row_bag(weight, shared, each)
         biases = impl.row_bag(bias[:, None].contiguous(), shared, each).squeeze(1)
         pick = getattr(impl, "linear_pick", library.linear_pick)
         found = pick(u, weight, bias, items, library.rows_of(offsets, items.shape[0]))
-        ctx.save_for_backward(u, weight, rows)
-        ctx.rest, ctx.sink, ctx.impl = (shared, each, items, offsets), sink_of(weight), impl
+        ctx.save_for_backward(u, weight, rows, items)
         return torch.addmm(biases, u, rows.T), found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dmany: Tensor, dfound: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, rows = ctx.saved_tensors
+        u, weight, rows, places = ctx.saved_tensors
         shared, each, items, offsets = ctx.rest
         if ctx.sink is not None:
             ctx.sink.append(Lookups(shared, each, None, dmany.T @ u, dmany.sum(0)))
             ctx.sink.append(Lookups(items, offsets, dfound, u))
-        du = torch.addmm(ctx.impl.row_bag(weight, items, offsets, dfound), dmany, rows)
+        du = torch.addmm(ctx.impl.row_bag(weight, places, offsets, dfound), dmany, rows)
         return du, *(None,) * 6
 
 
@@ -56,7 +60,7 @@ def sampled_nll(
 
     Args:
         u: [B, H].
-        output: weight [M, H] and bias [M].
+        output: weight [M, H] and bias [M]. Of a bfloat16 table the rows that are looked up are widened.
         items, offsets: the targets x as CSR rows, ascending within a row.
         exclude: CSR rows of items that leave the softmax, ascending within a row; none may be a target of its row.
         shared: the drawn items. [n] int64
@@ -66,7 +70,8 @@ def sampled_nll(
         [B], 0 where x is empty; differentiable in u, weight and bias. Only rows of targets and of drawn items have
         gradients.
     """
-    u = u.to(output.weight.dtype)
+    if output.weight.dtype != torch.bfloat16:
+        u = u.to(output.weight.dtype)
     backend = selected(u.device)
     items, offsets = library.without_room(items, offsets)
     impl = library if backend == "reference" else implementation(backend)
