@@ -5,6 +5,7 @@ sees fit. So where a program
 
     loads p, then stores p        a late warp may load what an early one has stored
     stores p, then loads q        the element may be another thread's                       (p and q of one argument)
+    stores p, then takes a ticket the one thread that takes it publishes what itself has stored, not what others have
 
 a barrier must lie between. Nothing else looks for that: the interpreter has one thread, and compute-sanitizer's
 racecheck watches shared memory. Here the code is read as Triton lays it out for threads (TTGIR), along every path: both
@@ -132,6 +133,8 @@ class Races:
             if shared and old.stores != new.stores and not own:
                 what = "stored, then loaded" if old.stores else "loaded, then stored"
                 self.found.add((",".join(sorted(shared)), what))
+        if code.startswith("tt.atomic") and re.search(r"\b(acq_)?rel(ease)?,", code):  # release, acq_rel
+            self.found |= {(",".join(sorted(old.arguments)), "stored, then published") for old in pending if old.stores}
         if code.startswith("tt.atomic") and new.scalar and self._used(results):
             return frozenset()  # all threads wait for the result
         return pending | {new}
@@ -167,5 +170,5 @@ class Races:
 
 
 def races(ttgir: str) -> list[tuple[str, str]]:
-    """(arguments, "loaded, then stored" or "stored, then loaded") of every pair that no barrier orders."""
+    """(arguments, "loaded, then stored", "stored, then loaded" or "stored, then published") where no barrier orders."""
     return sorted(Races(ttgir).found)

@@ -155,6 +155,9 @@ def maybe(body: str) -> str:
         (LOAD + WITHIN + STORE, True),  # each warp by itself
         (LOAD + TICKET + STORE, True),  # nobody waits for the result
         (LOAD + TICKET + "tt.store %q_ptr, %t : !tt.ptr<i32>\n" + STORE, False),
+        (PLACES + WRITE_A + TICKET, True),
+        (PLACES + WRITE_A + "ttg.barrier all\n" + TICKET, False),
+        (PLACES + WRITE_A + TICKET.replace("acq_rel", "relaxed"), False),
         (PLACES + WRITE_A + READ_B, True),
         (PLACES + READ_B.replace("%b", "%a") + WRITE_A, False),  # each thread its own
         ("scf.for %i = %n to %n step %n {\n" + PLACES + READ_B + "ttg.barrier all\n" + WRITE_A + "}\n", True),
