@@ -3,6 +3,10 @@
 The column instructions/elements has one entry per loop that reads whole vectors: the instructions of one turn in the
 machine code (branches that are seldom taken included, inner loops not) and the elements that a thread gets in it.
 
+The column floor estimates the share of its floor that a kernel can reach with enough programs at work: the time of the
+compulsory bytes or flops at the rates of a data sheet, over what the instructions (or, of a product, the tiles from
+cache) take. Latency, and what is done once per user, are not in it.
+
 Every case runs a launcher on tensors without storage, records what it would launch (dtypes, alignments, constexprs,
 warps), and compiles exactly that ahead of time for a GPU that need not exist. The disassembler and the resource reader
 come with Triton.
@@ -40,6 +44,28 @@ TARGETS = (80, 90, 100)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 B, H, D, V, F, K = 500, 600, 64, 128, 128, 50
 
+
+class Rates(NamedTuple):
+    """Of one multiprocessor in one cycle."""
+
+    flops: float  # tensor cores, 16-bit
+    memory: float  # bytes
+    cache: float  # bytes from the second-level cache
+
+
+RATES = {  # NVIDIA's data sheets: A100 40 GB, H100 SXM, B200; of caches only A100's has one, 5120 bytes a cycle
+    80: Rates(2048, 1555e9 / (108 * 1.41e9), 5120 / 108),
+    90: Rates(4096, 3350e9 / (132 * 1.83e9), 5120 / 132),
+    100: Rates(8192, 8000e9 / (148 * 1.85e9), 5120 / 148),
+}
+ISSUE = 128
+"""Instructions of a thread that a multiprocessor issues in a cycle."""
+
+PASSES = {"feedback_step_fwd_kernel": 2, "linear_topk_fwd_kernel": 2, "linear_nll_fwd_kernel": 2}
+"""Kernels that read a row of scores so many times, by their first loops; the loops of others follow one another."""
+
+OF_SCORES = {*PASSES, "linear_nll_bwd_kernel"}
+"""Kernels that read scores, from cache; the others' rows come from memory."""
 
 OPTIONS: tuple[str, ...] = ("num_warps", "num_stages", "maxnreg")
 
@@ -220,13 +246,14 @@ class Row(NamedTuple):
     dtype: str
     cc: int
     filtered: bool  # reads the filter's survivors instead of scores
+    floor: float | None  # share of it, estimated; None of a kernel without a floor of that kind
     resources: Resources
 
     def plain(self) -> dict[str, Any]:
         """For json."""
         r = self.resources
         return {
-            "op": self.op, "kernel": self.kernel, "filtered": self.filtered,
+            "op": self.op, "kernel": self.kernel, "filtered": self.filtered, "floor": self.floor,
             "shape": self.shape, "dtype": self.dtype, "target": self.cc,
             "registers": r.registers, "spills": r.spills, "shared": r.shared, "programs": r.programs,
             "vectors": r.loads("128") + r.instructions["LDGSTS"], "instructions": r.instructions, "races": r.races,
@@ -255,15 +282,29 @@ def rows(
                         )
                         jobs.setdefault(key, (op, launch, shape, dtype, cc))
     for op, launch, shape, dtype, cc in jobs.values():
-        yield Row(
-            op,
+        name, filtered, resources = (
             launch.kernel.fn.__name__,
-            shape,
-            dtype,
-            cc,
             bool(launch.arguments.get("FILTERED")),
             compiled(launch, cc),
         )
+        floor = None if filtered else share_of_floor(name, launch.arguments, resources, size(dtype), cc)
+        yield Row(op, name, shape, dtype, cc, filtered, floor, resources)
+
+
+def share_of_floor(name: str, arguments: dict[str, Any], built: Resources, itemsize: int, cc: int) -> float | None:
+    """What the column floor says."""
+    rates = RATES[cc]
+    if "BLOCK_U" in arguments:  # a product, by its tile
+        U, M = int(arguments["BLOCK_U"]), int(arguments["BLOCK_M"])
+        flops = rates.flops if itemsize == 2 else rates.flops / 2 if arguments["PREC"] == "tf32" else 2 * ISSUE
+        return min(1.0, 2 * U * M / flops / ((U + M) * itemsize / rates.cache))
+    if not built.streams:
+        return None
+    byte = 1 / (rates.cache if name in OF_SCORES else rates.memory)
+    if name == "linear_nll_bwd_kernel":
+        byte *= 2  # it is written too
+    times = [max(byte, count / (16 * vectors) / ISSUE) for count, vectors in built.streams]
+    return byte / (sum(times[: PASSES[name]]) if name in PASSES else max(times))
 
 
 WATCH = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "LDG", "STG", "ATOMG", "SHFL", "BAR")
@@ -285,15 +326,18 @@ def main() -> None:
         return
     print(f"triton {triton.__version__}; B = {B}, H = {H}, D = {D}, V = {V}, K = {asked.k}")
     print(
-        f"{'kernel':34} {'shape':7} dtype  sm  regs spills  shared warps programs/SM wide loads instructions/elements"
+        f"{'kernel':34} {'shape':7} dtype  sm  regs spills  shared warps programs/SM wide loads floor"
+        " instructions/elements"
     )
     for row in found:
         r = row.resources
         watched = " ".join(f"{name}:{r.instructions[name]}" for name in WATCH if r.instructions[name])
+        floor = "-" if row.floor is None else f"{row.floor:.0%}"
         streams = ", ".join(f"{count}/{vectors * 16 // size(row.dtype)}" for count, vectors in r.streams) or "-"
         print(
             f"{row.kernel + ' (filtered)' * row.filtered:34} {row.shape:7} {row.dtype:5} {row.cc:3} {r.registers:5}"
-            f" {r.spills:6} {r.shared:7} {r.warps:5} {r.programs:11} {r.loads('128'):8} {streams:>20}  {watched}"
+            f" {r.spills:6} {r.shared:7} {r.warps:5} {r.programs:11} {r.loads('128'):8} {floor:>7} {streams:>20}"
+            f"  {watched}"
         )
         for argument, what in r.races:
             print(f"  race: {argument} is {what}, without a barrier between")

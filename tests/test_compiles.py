@@ -108,6 +108,15 @@ def test_products_run_on_tensor_cores(rows: list[dict[str, Any]], target: int, i
     assert all(row["instructions"].get("HMMA") for row in steps if row["dtype"] == "bf16")
 
 
+def test_the_floor_is_in_reach(rows: list[dict[str, Any]]) -> None:
+    """Of what streams or multiplies, a third of it: two passes over scores, of which the second compares and keeps."""
+    rated = [row for row in rows if row["floor"] is not None]
+    assert {row["kernel"] for row in rated} >= {
+        "feedback_step_fwd_kernel", "linear_scores_fwd_kernel", "linear_nll_fwd_kernel", "row_bag_fwd_kernel",
+    }  # fmt: skip
+    assert not [(label(row), row["floor"]) for row in rated if not 0.33 <= row["floor"] <= 1]
+
+
 def test_no_program_races_with_itself(rows: list[dict[str, Any]]) -> None:
     """Neither the interpreter nor a sanitizer looks for this one; it is read off the code."""
     assert not [(label(row), row["races"]) for row in rows if row["races"]]
