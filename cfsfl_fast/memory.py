@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cfsfl_fast import ops
 from cfsfl_fast.interactions import Interactions
-from cfsfl_fast.inverse import invert
+from cfsfl_fast.item_item import gram, invert
 
 MAX_ITEMS = 60_000
 """Of a memory: its matrix takes 4 M^2 bytes, 14.4 GB here."""
@@ -213,17 +213,14 @@ class Absence:
 def _inverse(x: sp.csr_matrix, weighted: sp.csr_matrix, ridge: float) -> Tensor:
     """P [M, M] float32."""
     M = x.shape[1]
-    gram = torch.empty(M, M, dtype=torch.float64 if M <= DOUBLE_ITEMS else torch.float32)
-    for start in range(0, M, _BLOCK):
-        block = (x[:, start : start + _BLOCK].T @ weighted).toarray()
-        gram[start : start + _BLOCK] = torch.from_numpy(block)
-    counts = gram.diagonal().clamp_min(1)
-    gram.diagonal().add_(ridge * (counts * counts.mean()).sqrt())
+    P = gram(x, weighted, torch.float64 if M <= DOUBLE_ITEMS else torch.float32, _BLOCK)
+    counts = P.diagonal().clamp_min(1)
+    P.diagonal().add_(ridge * (counts * counts.mean()).sqrt())
     try:
-        invert(gram, _BLOCK)
+        invert(P, _BLOCK)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise ValueError(f"the items' matrix [{M}, {M}] is not positive definite: raise memory_ridge") from None
-    return gram.float()
+    return P.float()
 
 
 def _sums_of(values: Tensor, x: Interactions) -> Tensor:

@@ -23,7 +23,7 @@ from cfsfl_fast.datasets import Dataset, Protocol, open_dataset, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.interactions import as_interactions
-from cfsfl_fast.inverse import invert
+from cfsfl_fast.item_item import gram, invert
 from tests.conftest import clusters
 
 wmf = pytest.mark.skipif(find_spec("implicit") is None, reason="implicit is not installed")
@@ -80,6 +80,14 @@ def test_edlae_minimises_the_expected_loss_under_dropout() -> None:
     (gradient,) = torch.autograd.grad(loss, weight)
     assert float((gradient * (1 - torch.eye(23))).abs().max()) < 1e-4
     assert torch.equal(EDLAE(x, ridge=ridge, dropout=0.0).weight, EASE(x, ridge=ridge).weight)
+
+
+@pytest.mark.parametrize("block", [1, 7, 23, 100])
+def test_products_of_histories_in_blocks(block: int) -> None:
+    x = ragged()
+    weighted = sp.diags(np.linspace(0.5, 2, 60)) @ x
+    found = gram(x, weighted.tocsr(), torch.float64, block)
+    assert np.allclose(found, x.toarray().T @ weighted.toarray(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

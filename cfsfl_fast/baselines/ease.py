@@ -13,21 +13,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cfsfl_fast import ops
-from cfsfl_fast.baselines.fitted import Fitted, best, check_memory, counted, progress
+from cfsfl_fast import item_item, ops
+from cfsfl_fast.baselines.fitted import Fitted, best, check_memory, counted
 from cfsfl_fast.interactions import Interactions
-from cfsfl_fast.inverse import invert
 
 log = logging.getLogger(__name__)
 
 DOUBLE_ITEMS = 20_000
 BLOCK = 512
-"""Rows and columns of a step of the inversion."""
+"""Rows of the products at a time, rows and columns of a step of the inversion."""
 
 
 class EASE(Fitted):
@@ -55,7 +53,7 @@ class EASE(Fitted):
         P = gram(x, torch.float64 if x.shape[1] <= DOUBLE_ITEMS else torch.float32, self.label, show_progress)
         diagonal = P.diagonal()
         diagonal.add_(diagonal * (dropout / (1 - dropout)) + ridge)
-        invert(P, BLOCK, label=f"{self.label}, inverse", show_progress=show_progress)
+        item_item.invert(P, BLOCK, label=f"{self.label}, inverse", show_progress=show_progress)
         return _zero_diagonal(P)
 
     def recommend(self, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
@@ -88,17 +86,12 @@ class EDLAE(EASE):
 
 
 def gram(x: sp.csr_matrix, dtype: torch.dtype, label: str, show_progress: bool) -> Tensor:
-    """X^T X, a block of columns at a time. [M, M]"""
+    """X^T X, after a look at how much memory is free. [M, M]"""
     n_items = x.shape[1]
     n_bytes = n_items**2 * torch.finfo(dtype).bits // 8
     log.info("%s of %d items: %.2f GB in %s", label, n_items, n_bytes / 1e9, dtype)
     check_memory(n_bytes, f"{label} of {n_items:,} items, {n_items:,} x {n_items:,} {dtype},")
-    found = torch.empty(n_items, n_items, dtype=dtype)
-    by_item = x.T.tocsr()
-    for start in progress(range(0, n_items, BLOCK), f"{label}, products", show_progress):
-        rows = (by_item[start : start + BLOCK] @ x).toarray()
-        found[start : start + BLOCK] = torch.from_numpy(np.ascontiguousarray(rows))
-    return found
+    return item_item.gram(x, x, dtype, BLOCK, label=f"{label}, products", show_progress=show_progress)
 
 
 def _zero_diagonal(P: Tensor) -> Tensor:

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cfsfl_fast.recommenders.base import (
-    Code,
-    InputLayer,
-    OutputLayer,
-    Recommender,
-    linear,
-    sampled,
-    standard_normal_kl,
-)
+from cfsfl_fast.recommenders.base import Code, InputLayer, OutputLayer, Recommender, linear, sampled
 from cfsfl_fast.recommenders.likelihoods import logistic, weighted_squares
+from cfsfl_fast.recommenders.linear import MF
 
 
 class MultVAE(Recommender):
@@ -37,12 +30,6 @@ class MultVAE(Recommender):
         """The code of B users; arguments as `Recommender.forward` has them."""
         mu, logvar = self.code(entered.tanh()).split(self.latent_dim, dim=1)
         return Code(self.hidden(sampled(mu, logvar, noise)).tanh(), mu, logvar)
-
-    def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor:
-        """KL(q(z | x, v) || N(0, I)) of each user. [B]"""
-        assert code.mu is not None
-        assert code.logvar is not None
-        return standard_normal_kl(code.mu, code.logvar)
 
 
 class GaussianVAE(MultVAE):
@@ -70,21 +57,16 @@ class DAE(Recommender):
         return Code(self.hidden(code).tanh())
 
 
-class CDAE(Recommender):
+class CDAE(MF):
     """The collaborative denoising autoencoder (Wu et al. 2016), M-Z-M: s = sigmoid(Wx^T x^ + Wv^T v^ + b) O^T + o.
 
     Its node for each training user has no value for anybody else. Here all users share one, which is the bias b: what
     is trained is what answers for held-out users, of whom nothing but the history is known. The loss is the logistic
-    one of every item, where Wu et al. draw some of those that the user does not have. `hidden_dim` has no part in it.
+    one of every item, where Wu et al. draw some of those that the user does not have. Its layers are MF's.
     """
 
     label = "CDAE"
     likelihood = staticmethod(logistic)
-
-    def __init__(self, n_items: int, hidden_dim: int, latent_dim: int, feedback_dim: int) -> None:
-        super().__init__()
-        self.input = InputLayer(n_items, feedback_dim, latent_dim)
-        self.output = OutputLayer(n_items, latent_dim)
 
     def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The code of B users; arguments as `Recommender.forward` has them."""

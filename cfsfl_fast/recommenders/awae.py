@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfsfl_fast.recommenders.base import Code, InputLayer, OutputLayer, Recommender, linear
+from cfsfl_fast.recommenders.autoencoders import DAE
+from cfsfl_fast.recommenders.base import Code
 
 SCALES = (0.25, 1.0, 4.0)
 """c of the kernel: two draws of N(0, I) are at a squared distance of 2 Z in the mean."""
 
 
-class AWAE(Recommender):
+class AWAE(DAE):
     """aWAE, M-H-Z-H-M with tanh, z linear and not drawn: multinomial cost + lambda MMD^2(codes, N(0, I)) + gamma |z|_1.
 
     p = tanh(Wx^T x^ + Wv^T v^ + b); z = p C^T + c; u = tanh(z G^T + g). The prior holds for the codes of all users
@@ -20,13 +21,6 @@ class AWAE(Recommender):
 
     label = "aWAE"
     compares = True
-
-    def __init__(self, n_items: int, hidden_dim: int, latent_dim: int, feedback_dim: int) -> None:
-        super().__init__()
-        self.input = InputLayer(n_items, feedback_dim, hidden_dim)
-        self.code = linear(hidden_dim, latent_dim)
-        self.hidden = linear(latent_dim, hidden_dim)
-        self.output = OutputLayer(n_items, hidden_dim)
 
     def forward(self, entered: Tensor, noise: Tensor | None = None) -> Code:
         """The code of B users; arguments as `Recommender.forward` has them."""

@@ -56,7 +56,7 @@ def linear(in_dim: int, out_dim: int) -> nn.Linear:
 class Recommender(nn.Module):
     """What CF-SFL wraps: a code of the user from history and feedback, and a linear layer over the items.
 
-    A subclass sets `input` and `output`, defines `forward`, and `divergence` where its code is a distribution.
+    A subclass sets `input` and `output`, defines `forward`, and `divergence` where that is no KL term with N(0, I).
     """
 
     label = ""
@@ -100,12 +100,16 @@ class Recommender(nn.Module):
     def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor | None:
         """How far q(z | x, v) is from its prior, per user [B]; None of a recommender without either.
 
+        Here KL(q || N(0, I)), where the code has a mu and a logvar.
+
         Args:
             code: of `forward`.
             prior: of `prior`.
             share: what each user adds to a mean over users, 0 of nobody; None for all the same. [B]
         """
-        return None
+        if code.mu is None or code.logvar is None:
+            return None
+        return 0.5 * (code.mu.square() + code.logvar.exp() - 1 - code.logvar).sum(1)
 
     @contextlib.contextmanager
     def epoch(self, number: int) -> Iterator[None]:
@@ -157,11 +161,6 @@ class Recommender(nn.Module):
         if code_l1 and code.mu is not None:
             loss = loss + code_l1 * code.mu.abs().sum(1)
         return loss, ids, scores
-
-
-def standard_normal_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, I)) of each row. [B]"""
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
 def sampled(mu: Tensor, logvar: Tensor, noise: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cfsfl_fast.recommenders.base import Code, InputLayer, OutputLayer, Recommender, sampled, standard_normal_kl
+from cfsfl_fast.recommenders.base import Code, InputLayer, OutputLayer, Recommender, sampled
 from cfsfl_fast.recommenders.likelihoods import rank_weighted, weighted_squares
 
 
@@ -25,12 +25,6 @@ class LinearVAE(Recommender):
         """The code of B users; arguments as `Recommender.forward` has them."""
         mu, logvar = entered.split(self.latent_dim, dim=1)
         return Code(sampled(mu, logvar, noise), mu, logvar)
-
-    def divergence(self, code: Code, prior: Tensor | None = None, share: Tensor | None = None) -> Tensor:
-        """KL(q(z | x, v) || N(0, I)) of each user. [B]"""
-        assert code.mu is not None
-        assert code.logvar is not None
-        return standard_normal_kl(code.mu, code.logvar)
 
 
 class MF(Recommender):

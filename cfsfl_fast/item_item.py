@@ -1,11 +1,35 @@
-"""The inverse of a symmetric positive definite matrix where it stands, for item-item matrices."""
+"""Item-item matrices: how often items occur together, and the inverse of such a matrix where it stands."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from cfsfl_fast.progress import bar
+
+
+def gram(
+    x: Any, weighted: Any, dtype: torch.dtype, block: int, *, label: str = "products", show_progress: bool = False
+) -> Tensor:
+    """x^T weighted, some rows at a time, so that no other matrix of its size exists. [M, M]
+
+    Args:
+        x: histories [U, M], scipy CSR.
+        weighted: the same, or with its rows weighted.
+        dtype: of the matrix.
+        block: rows at a time.
+        label: of the progress bar.
+        show_progress: a bar on stderr, where that is a terminal.
+    """
+    by_item, n_items = x.T.tocsr(), x.shape[1]
+    found = torch.empty(n_items, n_items, dtype=dtype)
+    for start in bar(range(0, n_items, block), shown=show_progress, desc=label, leave=False):
+        rows = (by_item[start : start + block] @ weighted).toarray()
+        found[start : start + block] = torch.from_numpy(np.ascontiguousarray(rows))
+    return found
 
 
 def invert(A: Tensor, block: int, *, label: str = "inverse", show_progress: bool = False) -> None:
