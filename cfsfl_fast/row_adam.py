@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class RowAdam(torch.optim.Adam):
         state = self.state[parameter]
         if not state:
             for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+                state[moment] = _zeros_like(parameter)
             state["row_steps"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
         rows, narrow = gradient.indices()[0], parameter.dtype == torch.bfloat16
         found, weights = gradient.values(), parameter[rows]
@@ -70,6 +71,17 @@ class RowAdam(torch.optim.Adam):
         state["row_steps"].index_copy_(0, rows, steps)
         state["exp_avg"].index_copy_(0, rows, mean)
         state["exp_avg_sq"].index_copy_(0, rows, square)
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    """Zeros of a parameter's shape, float32 or wider. A CPU takes memory where they are written first, 4 kB at a time:
+    torch writes all of them at once, and NumPy asks for pages of 2 MB.
+    """
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if parameter.device.type != "cpu" or parameter.numel() == 0:
+        return torch.zeros_like(parameter, dtype=dtype)
+    pages = mmap.mmap(-1, parameter.numel() * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(parameter.shape)
 
 
 def rounded(values: Tensor, *keys: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_a_row_moves_as_if_updates_without_it_had_not_been() -> None:
             assert torch.equal(table[row], start[row]), row
             assert not bool(rows_alone.state[table]["exp_avg"][row].any())
     assert rows_alone.state[table]["row_steps"].tolist() == [2, 4, 0, 0, 3, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from /proc")
+def test_moments_of_rows_that_nothing_touched_take_no_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    table = torch.nn.Parameter(torch.zeros(1_000_000, 32))
+    optimiser = RowAdam([{"params": [table], "lr": 0.1}], fused=True)
+    rows = torch.arange(0, 1_000_000, 50_000)
+    before = resident()
+    for _ in range(2):
+        table.grad = torch.sparse_coo_tensor(rows[None], torch.ones(20, 32), table.shape, check_invariants=True)
+        optimiser.step()
+    assert optimiser.state[table]["exp_avg"].shape == (1_000_000, 32)
+    assert resident() - before < 60e6, "two moments of 128 MB"
 
 
 def test_dense_parameters_are_updated_as_by_adam() -> None:
