@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[Any, dict[str, Callable[[Any], Any]], Check]] = {
     "step: last group short": (STEP, {"B": lambda v: v - 1}, step_check),
     "step: wrong width": (STEP, {"R1": lambda v: v - 1}, step_check),
     "step: wrong weights": (STEP, {"UNIFORM": lambda v: not v}, step_check),
-    "step: id off by one": (STEP, {"start": lambda v: v + 1}, step_check),
+    "step: id off by one": (STEP, {"start": lambda v: v - 1}, step_check),
     "step: missing tail": (STEP, {"N": lambda v: v - 64}, step_check),
     "step: excluded items enter": (STEP, {"HAS_EXCLUDE": lambda v: False}, step_check),
     "step: last column of h": (STEP, {"lookup_ptr": lambda t: t * (torch.arange(12, device=DEVICE) < 11)}, step_check),

@@ -68,9 +68,10 @@ def flat(found: Any) -> list[Tensor]:
 def same_whatever_the_strides(name: str) -> None:
     launcher, arguments = calls()[name]
     expected, found = flat(launcher(*arguments)), flat(launcher(*strided(arguments)))
-    for i, (one, other) in enumerate(zip(expected, found, strict=True)):
+    for one, other in zip(expected, found, strict=True):
         M = 150  # scores kept for a gradient have columns behind the last
-        assert torch.equal(one[..., :M], other[..., :M]), i
+        # A library may multiply matrices of other strides in another order.
+        torch.testing.assert_close(other[..., :M], one[..., :M], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
