@@ -70,8 +70,11 @@ def rounds(results: Path, cuda: bool) -> list[Round]:
     """What `make gpu` does, the most telling first."""
     python = [sys.executable]
     options = ["-q", "-p", "no:cacheprovider", "--tb=short"]
-    test = [*python, "-m", "pytest", *options, "-m", "gpu"]
-    shares = [*python, "-m", "tests.in_shares", "6" if cuda else "1"]
+
+    def test(processes: int, *files: str) -> list[str]:
+        share = [*python, "-m", "tests.in_shares", str(processes if cuda else 1)]
+        return [*share, *options[1:], "-m", "gpu", *(f"tests/test_{name}.py" for name in files)]
+
     bench = [*python, "-m", "pytest", *options, "--results", str(results)]
     bench += ["--rounds", "5"] if cuda else ["--rounds", "1", "--device", "cpu", "--rehearse", "-k", "on_a_gpu"]
     compiled = [*bench, "--compile", "-k", "compiled_on_a_gpu"]
@@ -83,9 +86,9 @@ def rounds(results: Path, cuda: bool) -> list[Round]:
         Round(10, [Part("machine", [*python, "benches/machine.py"])]),
         Round(130, [
             Part("compile kernels", [*python, "benches/compile_kernels.py", *rehearse]),
-            Part("tests of graphs", [*test, "tests/test_graphs.py", "tests/test_captured.py"]),
-            Part("tests of kernels", [*shares, *options[1:], "-m", "gpu", "tests/test_triton_gpu.py"]),
-            Part("tests of numerics", [*test, "tests/test_numerics.py", "tests/test_synthetic.py"]),
+            Part("tests of graphs", test(4, "graphs", "captured")),
+            Part("tests of kernels", test(6, "triton_gpu")),
+            Part("tests of numerics", test(2, "numerics", "synthetic")),
         ]),
         Round(40, [Part("bench_loop", [*bench, *uncompiled, "benches/bench_loop.py"])]),
         Round(45, [Part("bench_training", [*bench, *uncompiled, "benches/bench_training.py"])]),
