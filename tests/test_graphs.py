@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,6 +164,66 @@ def test_what_cannot_be_captured_runs_and_is_said_once(stand_in: type[StandIn], 
         "no CUDA graph, kernels are launched one by one: operation not permitted when stream is capturing"
     ]
     assert mode.replays == 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a capture asks of torch, in order; torch's own part is left out."""
+    made: list[str] = []
+
+    class Stream:
+        device_index = 3
+
+    class Graph:
+        pass
+
+    @contextlib.contextmanager
+    def graph(*_: Any, pool: Any, **__: Any) -> Any:
+        made.append(f"begin in {pool}, collecting {gc.isenabled()}")
+        try:
+            yield
+        finally:
+            made.append("end")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: made.append("stream back"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"pool {len(made)}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: made.append("clear"), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda index, pool: made.append(f"{index} leaves {pool}"), raising=False
+    )
+    return made
+
+
+def test_a_capture_has_workspaces_of_its_own(calls: list[str]) -> None:
+    device, x = graphs._Device(torch.device("cuda", 3)), torch.ones(2)
+    first, (found,) = device.capture(lambda x: (x + 1,), [x])
+    assert torch.equal(found, x + 1)
+    second, _ = device.capture(lambda x: (x + 1,), [x])
+    assert calls == ["clear", "begin in pool 0, collecting False", "end", "clear"] * 2
+    del first, second
+    calls.append("more")
+    device.capture(lambda x: (x + 1,), [x])
+    assert "begin in pool 9, collecting False" in calls, "a pool whose graphs are gone is not used again"
+    assert gc.isenabled()
+
+
+def test_a_failed_capture_is_ended_for_the_allocator_too(calls: list[str]) -> None:
+    def fails(x: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("not permitted")
+
+    device = graphs._Device(torch.device("cuda", 3))
+    with pytest.raises(RuntimeError, match="not permitted"):
+        device.capture(fails, [torch.ones(2)])
+    assert calls == [
+        "clear", "begin in pool 0, collecting False", "end", "stream back", "3 leaves pool 0", "clear",
+    ]  # fmt: skip
+    assert len(device.failed) == 1
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu

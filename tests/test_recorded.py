@@ -14,12 +14,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cfsfl_fast import graphs, library
+from cfsfl_fast import CFSFL, CFSFLConfig, graphs, library
 from cfsfl_fast.graphs import Graphs
+from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.reference import ACTIONS
+from cfsfl_fast.training import Optimisers, run_epoch
+from tests.conftest import clusters
 from tests.test_captured import agree, epochs
 from tests.test_graphs import StandIn, stand_in  # noqa: F401
 from tests.test_model import M, build, histories
+from tests.test_training import SIZES
 
 
 def storage(t: Tensor) -> int:
@@ -101,6 +105,27 @@ def test_updates(choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
     plain, expected = epochs("cpu", 41, "auto", n=4, **choices)
     agree(found, plain, "cpu")
     assert figures == expected
+
+
+def test_replays_move_the_moments_that_were_restored() -> None:
+    """And not those of before, whose addresses a graph knows."""
+    torch.manual_seed(0)
+    model = CFSFL.from_config(40, CFSFLConfig(**{**SIZES, "batch_size": 16, "anneal_steps": 100}))
+    x, optimisers = as_interactions(clusters(48), 40), Optimisers(model, "recommender")
+
+    def epoch(number: int) -> list[Tensor]:
+        run_epoch(model, x, optimisers, "recommender", torch.arange(48), (1, number), 3 * number, lambda *_: None)
+        return [w.clone() for w in model.state_dict().values()]
+
+    for number in range(2):
+        epoch(number)
+    weights, moments = ({k: t.clone() for k, t in state.items()} for state in (model.state_dict(), optimisers.state()))
+    assert replayed
+    first = epoch(2)
+    model.load_state_dict(weights)
+    optimisers.restore(moments)
+    again = epoch(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("action", ACTIONS)
