@@ -68,9 +68,8 @@ class Races:
         return pending
 
     def _operation(self, line: str, pending: Pending) -> Pending:
-        results, _, code = line.rpartition(" = ") if re.match(r"%[\w-]+(:\d+)? = ", line) else ("", "", line)
-        if results:
-            results, code = re.match(r"(%[\w-]+)(?::\d+)? = (.*)", line).groups()  # type: ignore[union-attr]
+        given = re.match(r"(%[\w-]+)(?::\d+)? = (.*)", line)
+        results, code = given.groups() if given else ("", line)
         self._at += 1
         if code.startswith(("scf.for", "scf.while", "scf.if")):
             pending = self._flow(results, code, pending)
@@ -105,7 +104,7 @@ class Races:
             self._at = begin
             after = self._block(after)
             other = pending
-            while not re.match(r"}($| loc| \{)", self._lines[self._at]) and self._lines[self._at].endswith("{"):
+            while self._lines[self._at].endswith("{"):
                 divided = self._lines[self._at]  # "} else {", "} do {"
                 self._at += 1
                 if "do" in divided and self._lines[self._at].startswith("^"):
