@@ -129,7 +129,7 @@ class CFSFLConfig:
             object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         if len(self.epochs) != 3 or min(self.epochs) < 0:
             raise ValueError(f"epochs must be three counts >= 0, one per stage; got {self.epochs}")
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name, (of, others) in _OF_RECOMMENDER.items():
@@ -298,7 +298,7 @@ MULTINOMIAL = ("vae", "dae", "recvae", "awae")
 
 RECOMMENDER_NAMES = ("vae", "dae", "vae-gaussian", "vae-linear", "mf", "warp", "recvae", "cdae", "awae")
 
-_CHOICES = {
+CHOICES = {
     "recommender": RECOMMENDER_NAMES,
     "action": ("straight_through", "topk_softmax", "softmax", "hard"),
     "reading": ("heldout", "full"),
@@ -313,6 +313,8 @@ _CHOICES = {
     "table_updates": ("dense", "rows"),
     "table_dtype": ("fp32", "bf16"),
 }
+"""What fields that are names may be."""
+
 _OF_NARROW_TABLES = {
     "recommender": ("vae", "dae"),
     "feedback": ("embedding",),

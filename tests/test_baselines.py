@@ -270,6 +270,14 @@ def test_wrong_choices_are_refused(name: str, choices: dict[str, float], words: 
         select(BASELINES[name], toy, choices)
 
 
+def test_the_command_lists_every_choice() -> None:
+    lines = CliRunner().invoke(main, ["baseline", "--help"]).output.splitlines()
+    for name, kind in BASELINES.items():
+        [listed] = [line.strip() for line in lines if line.strip().startswith(f"{name} ")]
+        assert listed.count(" = ") == len(kind.choices())
+        assert all(f"{choice} = {default:g}" in listed for choice, default in kind.choices().items())
+
+
 def test_the_command(toy: Dataset, toy_folder: Path, tmp_path: Path) -> None:
     def cfsfl(*arguments: object) -> tuple[int, str]:
         result = CliRunner().invoke(main, ["baseline", *map(str, arguments)])

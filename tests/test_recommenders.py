@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfsfl_fast import CFSFL, CFSFLConfig, backends
+from cfsfl_fast import CFSFL, CFSFLConfig, backends, cli
 from cfsfl_fast.config import RECOMMENDER_NAMES
 from cfsfl_fast.datasets import Protocol, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
@@ -48,6 +49,8 @@ def dense(x: Any) -> Tensor:
 
 def test_the_config_knows_every_recommender() -> None:
     assert set(RECOMMENDER_NAMES) == set(RECOMMENDERS)
+    shown = CliRunner().invoke(cli.main, ["train", "--help"], terminal_width=400).output
+    assert f"{', '.join(RECOMMENDER_NAMES)}  [default: vae]" in shown
     assert all(build(name).recommender.label for name in NAMES)
 
 

@@ -30,6 +30,12 @@ class Fitted(ABC):
     @abstractmethod
     def __init__(self, train: Any, *, show_progress: bool = False) -> None: ...
 
+    @classmethod
+    def choices(cls) -> dict[str, Any]:
+        """Its choices with their defaults."""
+        defaults: dict[str, Any] = cls.__init__.__kwdefaults__ or {}
+        return {name: value for name, value in defaults.items() if name != "show_progress"}
+
     @abstractmethod
     def recommend(self, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
         """ids [B, n] and scores [B, n], the users' own items left out; padded with -1 and -inf."""

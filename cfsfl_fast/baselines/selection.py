@@ -54,9 +54,8 @@ def select(
     Raises:
         ValueError: a choice is unknown or out of range.
     """
-    known = kind.__init__.__kwdefaults__ or {}
-    if unknown := sorted(set(given) - set(known) | {"show_progress"} & set(given)):
-        names = ", ".join(sorted(set(known) - {"show_progress"})) or "none"
+    if unknown := sorted(set(given) - set(kind.choices())):
+        names = ", ".join(sorted(kind.choices())) or "none"
         raise ValueError(f"{kind.label} has no choice {unknown[0]!r}; it has: {names}")
     grid: list[dict[str, Any]] = []
     for choices in kind.grid if search else ({},):

@@ -27,6 +27,9 @@ class SLIM(Fitted):
     The penalties are those of 1/2 |X_j - X w|^2 + l2 / 2 |w|^2 + l1 sum w; scikit-learn's: l1 = n alpha l1_ratio
     and l2 = n alpha (1 - l1_ratio), n training users.
 
+    Of 6 choices the defaults have the greatest sum of validation NDCG@100 on MovieLens-1M (.415) and Online Retail
+    (.418); the first alone would have l2 = 500 (.424).
+
     Args:
         train: histories [U, M], scipy sparse.
         l1, l2: penalties, at least 0; not both 0.
@@ -37,9 +40,9 @@ class SLIM(Fitted):
     """
 
     label = "SLIM"
-    grid = tuple({"l1": l1, "l2": l2} for l2 in (200.0, 500.0, 1000.0, 2000.0) for l1 in (1.0, 5.0))
+    grid = tuple({"l1": l1, "l2": l2} for l2 in (20.0, 100.0, 500.0) for l1 in (1.0, 5.0))
 
-    def __init__(self, train: Any, *, l1: float = 1.0, l2: float = 500.0, show_progress: bool = False) -> None:
+    def __init__(self, train: Any, *, l1: float = 1.0, l2: float = 20.0, show_progress: bool = False) -> None:
         for name, value in (("l1", l1), ("l2", l2)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0; got {value}")

@@ -16,7 +16,14 @@ from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.runs import REPORT, USERS, write_per_user
 
 
-@click.command()
+def _shown(choices: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value:g}" for name, value in choices.items()) or "no choices"
+
+
+@click.command(
+    epilog="\b\nChoices and their defaults:\n"
+    + "\n".join(f"  {name:<14}{_shown(BASELINES[name].choices())}" for name in sorted(BASELINES))
+)
 @click.argument("name", type=click.Choice(sorted(BASELINES)))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder for report.json and users.npz.")
@@ -60,7 +67,3 @@ def _choice(text: str) -> tuple[str, Any]:
         return name, int(value) if value.lstrip("-").isdigit() else float(value)
     except ValueError:
         raise ValueError(f"--set takes NAME=NUMBER; got {text!r}") from None
-
-
-def _shown(choices: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {value:g}" for name, value in choices.items()) or "no choices"

@@ -12,7 +12,7 @@ import click
 import torch
 
 from cfsfl_fast import backends
-from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.config import CHOICES, CFSFLConfig
 from cfsfl_fast.distributed import local_rank, under_torchrun
 from cfsfl_fast.numerics import PRECISIONS
 
@@ -70,7 +70,8 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
         if hints[field.name] is bool:
             option = click.option(f"{name}/--no-{name[2:]}", default=None, help=f"[default: {shown}]")
         else:
-            option = click.option(name, default=None, metavar=str(shown).upper(), help=f"[default: {shown}]")
+            known = f"{', '.join(CHOICES[field.name])}  " if field.name in CHOICES else ""
+            option = click.option(name, default=None, metavar=str(shown).upper(), help=f"{known}[default: {shown}]")
         command = option(command)
     return command
 
