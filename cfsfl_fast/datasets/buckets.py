@@ -6,7 +6,7 @@
     4. order      bucket by bucket: where each item appears first among training users
     5. write      bucket by bucket: rows of training users to disk, held-out users to memory
 
-Memory  a few bytes a user and item, the held-out users' events, and about 75 bytes an event of the largest bucket.
+Memory  80 bytes a user and item, the held-out users' events, and about 75 bytes an event of the largest bucket.
 Disk    the scratch folder holds 17 bytes an event beside `spilled`'s, and in the end 4 a training event.
 """
 
