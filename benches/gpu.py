@@ -201,7 +201,7 @@ def new_rows(results: Path, before: dict[Path, int]) -> list[dict[str, Any]]:
     return rows
 
 
-COLUMNS = ("case", "rival", "us", "x eager", "of product rate", "users/s", "peak MB")
+COLUMNS = ("case", "rival", "us", "x eager", "of product rate", "users/s", "peak MB", "NDCG@100")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
