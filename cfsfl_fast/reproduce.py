@@ -134,6 +134,7 @@ def ablations(fields: Mapping[str, Any]) -> Experiment:
     changes: dict[str, dict[str, Any]] = {f"T = {t}": {"steps": t} for t in (1, 2, 4, 8) if t != steps}
     changes |= {
         "no adversarial term": {"reward_weight": 0.0},
+        **{f"adversarial weight {weight:g}": {"reward_weight": weight} for weight in (0.01, 0.1, 1.0)},
         "generator without R": {"feedback_inputs": "history,list"},
         "generator without a (v from x only)": {"feedback_inputs": "history"},
         "generator without x": {"feedback_inputs": "list,reward"},
