@@ -48,7 +48,7 @@ class CFSFLConfig:
         anneal_steps: steps in which beta would reach 1; "auto" reaches the cap after 85 % of all updates.
         mmd_weight: of the divergence of "awae", between the codes of a batch and the prior, in place of a KL term's.
         code_l1: of the l1 norm of the latent mean; "auto" is 0.1 for "awae", else 0.
-        reward_weight: lambda_adv of the adversarial term in (7). The paper names none; 1, taken for its own, harms.
+        reward_weight: lambda_adv of the adversarial term in (7): 1 as printed, which harms validation.
         reward_loss: "imitation" (the bounded form), or "literal", (8) as printed.
         l2: penalty l2 / batch_size ||W||^2 on the recommender's weights; "auto" is 0.05 for "mf" and "warp", 0 for
             "recvae", else 0.01.
