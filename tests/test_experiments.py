@@ -104,6 +104,13 @@ def test_figures_are_those_of_the_cells(out: Path) -> None:
     assert row["control"] == "VAE, trained on"
 
 
+def test_a_baseline_that_draws_has_a_cell_for_every_seed(out: Path) -> None:
+    for seed in (0, 1):
+        found = json.loads((out / "cells" / "wmf" / f"seed-{seed}" / "result.json").read_text())
+        assert found["choices"]["seed"] == seed
+    assert not (out / "cells" / "ease" / "seed-1").exists()
+
+
 def test_the_best_preset_is_compared_with_its_own_model_without_the_loop(out: Path) -> None:
     [folder] = (out / "cells").glob("recvae-T4-*feedback=scores*")
     gains = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from click.testing import CliRunner
 from torch import Tensor
@@ -183,6 +184,17 @@ def test_supervised_loss_is_that_of_the_specification(name: str, choices: dict[s
     l1 = float(model.config.code_l1) * mu.abs().sum(1)
     expected = (likelihood_of(name, scores, dense(batch.targets), left_out) + weight * kl + l1).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nobody_in_a_batch_changes_no_loss(name: str) -> None:
+    model, users = build(name), torch.arange(20)
+    padded = torch.cat([users, users.new_full((10,), -1)])
+    found = []
+    for some in (users, padded):
+        x = as_interactions(sp.vstack([clusters(20), sp.csr_matrix((len(some) - 20, M))]).tocsr(), M)
+        found.append(recommender_step(model, view(x, some, model.config, 5), Noise(some, 8, False, (5,)), 7))
+    assert torch.isclose(*found, rtol=1e-6)
 
 
 # In the loop

@@ -27,7 +27,7 @@ class SLIM(Fitted):
     The penalties are those of 1/2 |X_j - X w|^2 + l2 / 2 |w|^2 + l1 sum w; scikit-learn's: l1 = n alpha l1_ratio
     and l2 = n alpha (1 - l1_ratio), n training users.
 
-    Of 6 choices the defaults have the greatest sum of validation NDCG@100 on MovieLens-1M (.415) and Online Retail
+    Of 7 choices the defaults have the greatest sum of validation NDCG@100 on MovieLens-1M (.415) and Online Retail
     (.418); the first alone would have l2 = 500 (.424).
 
     Args:
