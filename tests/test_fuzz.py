@@ -409,6 +409,8 @@ def slow_events(name: str, content: bytes) -> dict[tuple[str, str], float]:
             user, item, rating = slow_id(cells[0], True), movie, slow_rating(cells[1])
         else:
             delimiter, n_columns, integer = LINES[name]
+            if ":::" in line and delimiter == "::":
+                raise BadError  # where does it end?
             cells = line.split(delimiter)
             if len(cells) != n_columns:
                 raise BadError

@@ -273,6 +273,8 @@ HEADER = "userId,movieId,rating,timestamp\n"
         ("ratings.csv", HEADER + GOOD + "1,2,,4\n", "line 3: expected .* found '1,2,,4'"),
         ("ratings.csv", HEADER + GOOD + "1,2,.,4\n", "line 3: expected .* found '1,2,.,4'"),
         ("ratings.csv", HEADER + GOOD + "1,2,1.2.3,4\n", "line 3: expected .* found '1,2,1.2.3,4'"),
+        ("ratings.csv", HEADER + GOOD + "1,2,\t3,4\n", "line 3: expected .* found '1,2,.t3,4'"),
+        ("ratings.csv", HEADER + GOOD + "1,2,\u0663,4\n", "line 3: expected .* found '1,2,\u0663,4'"),
         ("ratings.csv", HEADER + GOOD + "1,2,1_0,4\n", "line 3: expected .* found '1,2,1_0,4'"),
         ("ratings.csv", HEADER + "\n\r\n" + GOOD + "1,2,nan,4\n", "line 5: expected a finite rating; found 'nan'"),
         ("ratings.csv", HEADER + GOOD + "1,2,-inf,4\n", "line 3: expected a finite rating; found '-inf'"),

@@ -229,7 +229,7 @@ def _ratings(buffer: NDArray[np.uint8], start: Ints, stop: Ints, lines: Lines, l
 
 def _rating(text: str, row: int, lines: Lines, layout: Layout) -> float:
     try:
-        value = float(text if "_" not in text else "")
+        value = float(text if text.isascii() and text.isprintable() and "_" not in text else "")
     except ValueError:
         lines.malformed(row, layout.expected)
     if not np.isfinite(value):
