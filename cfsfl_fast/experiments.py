@@ -135,7 +135,8 @@ class Laboratory:
         self.seed = CFSFLConfig.from_dict(self.fields).seed
 
     def run(self, experiment: Experiment, seeds: int, done: Callable[[], None] = lambda: None) -> None:
-        """Every cell of an experiment that is not finished, seed by seed; `done` is called after each.
+        """Every cell of an experiment that is not finished, seed by seed; `done` is called after each. A baseline whose
+        extra is not installed is left out with a warning.
 
         Raises:
             ValueError: a cell's folder holds a run with another config or of other data.
@@ -146,7 +147,10 @@ class Laboratory:
                 shown.set_postfix_str(f"{row.name}, seed {seed}")
                 log.info("%s: %s, seed %d", experiment.name, row.name, seed)
                 if row.baseline:
-                    self._baseline(row.baseline, seed)
+                    try:
+                        self._baseline(row.baseline, seed)
+                    except ImportError as error:
+                        log.warning("%s has no %s: %s", experiment.name, row.name, error)
                 else:
                     self._train(self.config(row, seed))
                 done()

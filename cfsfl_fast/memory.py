@@ -44,6 +44,9 @@ class ItemMemory(nn.Module):
 
     Args:
         n_items: M.
+
+    Raises:
+        ValueError: there are more than MAX_ITEMS items.
     """
 
     precision: Tensor
@@ -56,6 +59,11 @@ class ItemMemory(nn.Module):
 
     def __init__(self, n_items: int) -> None:
         super().__init__()
+        if n_items > MAX_ITEMS:
+            raise ValueError(
+                f"an item memory holds {n_items} x {n_items} numbers; the most is {MAX_ITEMS} items. Leave out rare "
+                'items, or use feedback="embedding", which needs no memory'
+            )
         self.n_items = n_items
         self.register_buffer("weight", torch.tensor(0.0))
         self.register_buffer("recommender_weight", torch.tensor(0.3))
@@ -99,14 +107,9 @@ class ItemMemory(nn.Module):
             ridge: c > 0, the ridge of an item of average count in units of that count.
 
         Raises:
-            ValueError: there are more than MAX_ITEMS items.
+            ValueError: the ridge is too small for an inverse.
         """
         M, device = self.n_items, histories.items.device
-        if M > MAX_ITEMS:
-            raise ValueError(
-                f"an item memory holds {M} x {M} numbers; the most is {MAX_ITEMS} items. Leave out rare items, or use "
-                'feedback="embedding", which needs no memory'
-            )
         items, offsets = (t.cpu().numpy() for t in histories.exact().csr)
         x = sp.csr_matrix((np.ones(len(items), np.float32), items, offsets), (len(histories), M))
         sizes = np.maximum(np.diff(offsets), 1).astype(np.float64)

@@ -15,6 +15,8 @@ Memory    of the stage that takes most, the joint one where there is one.
           lists                 T B K ids, scores and weights, and their gradients sorted by item
           histories             40 bytes a user and 4 an event, none where training reads them in a mapped file
           process               PyTorch itself
+          with feedback="scores": item memory, 4 M^2 bytes, 12 M^2 while it is inverted in float64; folds, a
+                                recommender for each; evidence, a list of T K items against every item of B histories
 Messages  an all-reduce of n bytes among P devices sends and receives 2 n (P - 1) / P on each; an all-gather n (P - 1).
 Time      products at the device's rate, Adam and the tables at its memory's, messages at the link's, one after another.
 Scaling   efficiency of G devices = n t(1) / (G t(G)), t(1) an update of `batch_size` users on one device, whether it
@@ -33,12 +35,13 @@ import torch
 
 from cfsfl_fast import library
 from cfsfl_fast.config import CFSFLConfig
+from cfsfl_fast.memory import DOUBLE_ITEMS
 from cfsfl_fast.model import CFSFL, ITEM_TABLES
 
 PROCESS = 400e6
 """Bytes that Python and PyTorch take on a CPU; a CUDA context takes about twice that on its device."""
 
-_CERTAIN = ("tables", "layers", "moments", "gradients", "histories")
+_CERTAIN = ("tables", "layers", "moments", "gradients", "histories", "item memory", "folds")
 
 MOST_DEVICES = 64
 """Of `scaling`."""
@@ -199,6 +202,10 @@ def plan(
         "histories": n_users * (40 + (0 if mapped else 4 * events_per_user)),
         "process": PROCESS,
     }
+    if config.judges_items:
+        memory["item memory"] = (12 if n_items <= DOUBLE_ITEMS else 4) * n_items**2
+        memory["folds"] = 4 * config.folds * theta
+        memory["evidence"] = 20 * B * events_per_user * min(max(config.steps, 1) * config.top_k, n_items)
     history = B * (width + D)
     turns = T * (3 * B * K + B * D + B * (width + K))  # candidates gathered; h summed; back: the code's part, and dw
     last = B * (3 + width) + (3 * B * K if joint else 0)

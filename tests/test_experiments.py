@@ -249,6 +249,19 @@ def test_rows_may_be_left_out(out: Path, data: Path, tmp_path: Path) -> None:
         assert (result.exit_code, words in result.stderr) == (2, True)
 
 
+def test_a_baseline_without_its_package_is_left_out_with_a_warning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
+    monkeypatch.setattr(Laboratory, "_train", lambda *_: None)
+    result = reproduce("table3", data, tmp_path / "out", "--skip", "E", "--skip", "SLIM")
+    assert result.exit_code == 0, result.output
+    assert "table3 has no WMF: WMF needs implicit" in caplog.text
+    assert "pip install 'cfsfl-fast[implicit]'" in caplog.text
+    found = rows_of(tmp_path / "out" / "table3.csv")
+    assert (found["WMF"]["seeds"], found["most popular"]["seeds"]) == ("0", "1")
+
+
 def test_estimates() -> None:
     values = np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 4.0]])
     found = tables.estimate(values)

@@ -15,7 +15,7 @@ ALLOWED = {
     "cli": {"baselines", "checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
     | {"callbacks", "numerics", "runs", "experiments", "export", "plan", "plots", "reproduce", "scarcity", "serving"}
     | {"sweep", "tables"},
-    "plan": {"config", "library", "model"},
+    "plan": {"config", "library", "memory", "model"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {

@@ -126,10 +126,8 @@ def test_a_user_alone_has_the_bits_of_a_user_among_others() -> None:
 
 
 def test_too_many_items_are_refused() -> None:
-    memory = ItemMemory(module.MAX_ITEMS + 1)
-    nobody = Interactions(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), module.MAX_ITEMS + 1)
     with pytest.raises(ValueError, match=r"60001 x 60001 numbers; the most is 60000"):
-        memory.fit(nobody, 1.0)
+        ItemMemory(module.MAX_ITEMS + 1)
 
 
 def test_tensors_of_another_memory_are_refused() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from cfsfl_fast import CFSFLConfig, runs
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset
+from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.plan import PROCESS, measured_rates, plan, scaling
 from cfsfl_fast.scarcity import free_memory
 from cfsfl_fast.stages import fresh_model
@@ -46,6 +48,20 @@ def test_narrow_tables_take_half() -> None:
     wide = plan(900, 50, dataclasses.replace(config, table_dtype="fp32")).memory
     assert wide["tables"] - memory["tables"] == 2 * 900 * 2 * 32
     assert {part for part in memory if memory[part] != wide[part]} == {"tables"}
+
+
+def test_a_virtual_user_who_judges_items_needs_a_memory_and_strangers() -> None:
+    config = CFSFLConfig.preset("best", hidden_dim=32, latent_dim=16)
+    model, memory = fresh_model(900, config, device="cpu"), plan(900, 50, config).memory
+    assert model.memory is not None
+    rows = as_interactions(np.eye(50, 900, dtype=np.float32), 900)
+    model.memory.fit(rows, 1.0)
+    assert memory["item memory"] == 3 * model.memory.precision.nbytes  # the inverse is float64 while it is made
+    assert memory["folds"] == 2 * sum(p.nbytes for p in model.recommender.parameters())
+    assert plan(12_000, 50, config).memory["item memory"] == 4 * 12_000**2
+    with pytest.raises(ValueError, match="100000 x 100000 numbers; the most is 60000 items"):
+        plan(100_000, 50, config)
+    assert "item memory" not in plan(900, 50, SMALL).memory
 
 
 def test_what_shards_share() -> None:
