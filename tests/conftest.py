@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,13 @@ def poisoned_memory() -> None:
     """torch.empty gives NaN, so that a result nobody wrote is seen."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on a GPU then
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """A command that a test runs in this process flushes them from then on; the next test has them again."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -300,7 +300,8 @@ def test_save_and_load(fitted: CFSFLRecommender, tmp_path: Path) -> None:
     assert equal(weights(loaded), weights(fitted))
     for a, b in zip(loaded.recommend([0, 1], X[:2]), fitted.recommend([0, 1], X[:2]), strict=True):
         assert a.tolist() == b.tolist()
-    settled = {name: getattr(fitted.model_.config, name) for name in ("anneal_steps", "kl_cap", "kl_gamma", "l2")}
+    automatic = "anneal_steps", "code_l1", "kl_cap", "kl_gamma", "l2"
+    settled = {name: getattr(fitted.model_.config, name) for name in automatic}
     assert loaded.get_params() == {**fitted.get_params(), **settled}
     loaded.partial_fit(X)
     with pytest.raises(FileNotFoundError):
