@@ -34,6 +34,7 @@ from cfsfl_fast.kernels.tile import (
     is_listed,
     merge_keys,
     pack,
+    product_of_tile,
     scores_of_items,
     selection,
     tuned,
@@ -105,12 +106,7 @@ def linear_filter_fwd_kernel(
             m = m0 + tl.arange(0, BLOCK_M)
             in_m = m < M
             w_rows = weight_ptr + m.to(tl.int64)[None, :] * stride_weight + h[:, None]
-            s = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
-            for h0 in tl.range(0, H, BLOCK_H, num_stages=3):
-                in_h = h0 + h < H
-                x = tl.load(u_rows + h0, mask=in_b[:, None] & in_h[None, :], other=0.0)
-                w = tl.load(w_rows + h0, mask=in_h[:, None] & in_m[None, :], other=0.0)
-                s = tl.dot(x, w, s, input_precision=PREC)
+            s = product_of_tile(u_rows, w_rows, in_b, in_m, H, PREC, BLOCK_U, BLOCK_M, BLOCK_H)
             s += tl.load(bias_ptr + m, mask=in_m, other=float("-inf")).to(tl.float32)[None, :]
             items = tl.broadcast_to(m[None, :], (BLOCK_U, BLOCK_M))
             if ASM:

@@ -39,6 +39,7 @@ from cfsfl_fast.kernels.tile import (
     item_of,
     merge_keys,
     pack,
+    product_of_tile,
     score_of,
     scores_of_items,
     selection,
@@ -155,12 +156,7 @@ def linear_scores_fwd_kernel(
         h = tl.arange(0, BLOCK_H)
         u_rows = u_ptr + b[:, None] * stride_u + h[None, :]
         w_rows = weight_ptr + m.to(tl.int64)[None, :] * stride_weight + h[:, None]
-        s = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
-        for h0 in tl.range(0, H, BLOCK_H, num_stages=3):
-            in_h = h0 + h < H
-            x = tl.load(u_rows + h0, mask=in_b[:, None] & in_h[None, :], other=0.0)
-            w = tl.load(w_rows + h0, mask=in_h[:, None] & in_m[None, :], other=0.0)
-            s = tl.dot(x, w, s, input_precision=PREC)
+        s = product_of_tile(u_rows, w_rows, in_b, in_m, H, PREC, BLOCK_U, BLOCK_M, BLOCK_H)
         s += tl.load(bias_ptr + m.to(tl.int64) * stride_bias, mask=in_m, other=0.0).to(tl.float32)[None, :]
         # Whole vectors: the padding of a row is there to be written.
         inside = in_b[:, None] & (m < tl.cdiv(M, 16) * 16)[None, :]

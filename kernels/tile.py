@@ -324,6 +324,24 @@ def scores_of_items(u_ptr, weight_ptr, bias_ptr, m, in_m, H, stride_weight, BLOC
 
 
 @triton.jit
+def product_of_tile(
+    u_rows, w_rows, in_b, in_m, H,
+    PREC: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """sum_h u[b, h] weight[m, h] of a tile, from the places of its first columns: u_rows [BLOCK_U, BLOCK_H], w_rows
+    [BLOCK_H, BLOCK_M]. [BLOCK_U, BLOCK_M]
+    """
+    h = tl.arange(0, BLOCK_H)
+    s = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
+    for h0 in tl.range(0, H, BLOCK_H, num_stages=3):
+        in_h = h0 + h < H
+        x = tl.load(u_rows + h0, mask=in_b[:, None] & in_h[None, :], other=0.0)
+        w = tl.load(w_rows + h0, mask=in_h[:, None] & in_m[None, :], other=0.0)
+        s = tl.dot(x, w, s, input_precision=PREC)
+    return s
+
+
+@triton.jit
 def weights_of_list(item, s, K, UNIFORM: tl.constexpr):
     """w_k of h(x, a): 1/K, or the softmax of the listed scores; 0 where the list has ended (item -1)."""
     listed = item >= 0
