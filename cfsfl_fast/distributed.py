@@ -34,6 +34,11 @@ class ProcessError(RuntimeError):
     """Another process stopped, or does not answer."""
 
 
+def span(n: int, part: int, parts: int) -> tuple[int, int]:
+    """Where part number `part` (from 0) of n things begins and ends; parts differ by one at most."""
+    return n * part // parts, n * (part + 1) // parts
+
+
 class Group:
     """Processes that share work; this is number `rank` of `size`.
 
@@ -53,7 +58,7 @@ class Group:
 
     def span(self, n: int) -> tuple[int, int]:
         """Where this process's part of n things begins and ends; parts differ by one at most."""
-        return n * self.rank // self.size, n * (self.rank + 1) // self.size
+        return span(n, self.rank, self.size)
 
     def part(self, values: Tensor, nobody: float) -> Tensor:
         """This process's part of a value per user, `nobody` where it has no users: no operation is one of none."""

@@ -495,9 +495,7 @@ def linear_squares_backward(
         at = rows.clamp_max(u.shape[0] - 1), columns
         found = ds[at]
         ds.mul_(g[:, None]).index_put_(at, g_or_0[rows] * (positive * (found - 1) - found), accumulate=True)
-        du.addmm_(ds, weight[start:stop])
-        torch.mm(ds.T, u, out=dweight[start:stop])
-        torch.sum(ds, 0, out=dbias[start:stop])
+        _products(ds, u, weight[start:stop], du, dweight[start:stop], dbias[start:stop])
         scratch.give(ds)
     return du, dweight, dbias, []
 

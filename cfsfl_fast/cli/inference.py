@@ -16,7 +16,7 @@ import torch
 from cfsfl_fast import checkpoint, files
 from cfsfl_fast.cli.options import device_option, item_shards_option, run_time_options, torch_device
 from cfsfl_fast.datasets import Dataset, open_dataset, read_histories
-from cfsfl_fast.distributed import Mesh, processes
+from cfsfl_fast.distributed import Mesh, processes, span
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.model import CFSFL
 
@@ -74,7 +74,7 @@ def _part(text: str, n: int) -> tuple[int, int]:
     i, parts = (int(number) for number in found.groups()) if found else (0, 0)
     if not 1 <= i <= parts:
         raise ValueError(f"--shard takes I/N with 1 <= I <= N, as 1/4; got {text!r}")
-    return n * (i - 1) // parts, n * i // parts
+    return span(n, i - 1, parts)
 
 
 def _model(run: Path, device: torch.device, mesh: Mesh, run_time: dict[str, Any]) -> CFSFL:
