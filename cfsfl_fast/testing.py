@@ -7,7 +7,7 @@ one rounding of the output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -119,6 +119,26 @@ class Problem:
         }
         names = ("u", "weight", "bias", "hx", "lookup", "hoisted", "wv")
         return {**{name: getattr(self, name) for name in names}, **layers}
+
+
+def loss_and_gradients(
+    problem: Problem, loss: Callable[[Problem], Tensor], backend: str, dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    """A loss of users and its gradients in u, weight and bias: of a backend in a dtype, of the specification in float64
+    and of the specification in the dtype, as `assert_as_good` compares them.
+
+    Args:
+        loss: of a problem whose leaves want gradients. [B]
+    """
+    dloss = torch.rand(len(problem.u), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    answers = []
+    for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
+        p = problem.to(dt, grad=True)
+        with backends.use_backend(run), poisoned():
+            found = loss(p)
+            (found * dloss.to(dt)).sum().backward()
+        answers.append((found, *(leaf.grad for leaf in (p.u, p.weight, p.bias) if leaf.grad is not None)))
+    return answers
 
 
 def random_rows(n_rows: int, n_items: int, longest: int, generator: torch.Generator, without: CSR | None = None) -> CSR:

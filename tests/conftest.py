@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ import torch
 
 from cfsfl_fast.datasets import Dataset, Protocol, save_dataset, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
+
+if TYPE_CHECKING:  # the machine of `make gpu` has not what a run's files need
+    from cfsfl_fast.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +79,21 @@ def real_data() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+def stop_at(run: Run, n: int) -> None:
+    """Trains a run until it is interrupted, right after it saved its state for the n-th time."""
+    done, save = [], run.save_state
+
+    def save_and_stop() -> None:
+        save()
+        done.append(1)
+        if len(done) == n:
+            raise KeyboardInterrupt
+
+    run.save_state = save_and_stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
 
 
 def clusters(n_users: int = 160, n_items: int = 40, n_clusters: int = 4, seed: int = 0) -> sp.csr_matrix:

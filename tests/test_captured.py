@@ -22,7 +22,7 @@ from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.reference import ACTIONS
 from cfsfl_fast.runs import Run
 from cfsfl_fast.training import Optimisers, run_epoch
-from tests.conftest import clusters
+from tests.conftest import clusters, stop_at
 from tests.test_model import M, build, histories
 from tests.test_training import QUICK, SIZES
 
@@ -231,16 +231,5 @@ def test_a_run_in_fixed_shapes_resumes(toy: Dataset, tmp_path: Path) -> None:
         return Run(toy, tmp_path / folder, config, show_progress=False, graphs=True, **more).train()
 
     whole = run("whole")
-    stopped = Run(toy, tmp_path / "stopped", config, show_progress=False, graphs=True)
-    save, saved = stopped.save_state, []
-
-    def save_and_stop() -> None:
-        save()
-        saved.append(1)
-        if len(saved) == 4:
-            raise KeyboardInterrupt
-
-    stopped.save_state = save_and_stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stop_at(Run(toy, tmp_path / "stopped", config, show_progress=False, graphs=True), 4)
     assert run("stopped", resume=True)["test"] == whole["test"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsfl_fast import backends, ops
-from cfsfl_fast.testing import assert_as_good, backend_params, poisoned, random_problem
+from cfsfl_fast import ops
+from cfsfl_fast.testing import Problem, assert_as_good, backend_params, loss_and_gradients, random_problem
 
 SHAPES = [(1, 1, 1), (0, 7, 5), (5, 60, 17), (13, 1030, 40), (31, 2100, 33), (40, 300, 8)]
 
@@ -28,15 +28,11 @@ def test_loss_and_gradients(
     if not whole_catalogue:
         monkeypatch.setattr("cfsfl_fast.library.CHUNK_SCORES", 200 * max(shape[0], 1))
     p = random_problem(*shape, exclude=exclude, strided=exclude)
-    dloss = torch.rand(shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    answers = []
-    for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
-        q = p.to(dt, grad=True)
-        with backends.use_backend(run), poisoned():
-            output = ops.Table(q.weight, q.bias)
-            loss = ops.linear_squares(q.u, output, q.items, q.offsets, q.exclude, positive=5.0)
-            (loss * dloss.to(dt)).sum().backward()
-        answers.append((loss, q.u.grad, q.weight.grad, q.bias.grad))
+
+    def loss(q: Problem) -> torch.Tensor:
+        return ops.linear_squares(q.u, ops.Table(q.weight, q.bias), q.items, q.offsets, q.exclude, positive=5.0)
+
+    answers = loss_and_gradients(p, loss, backend, dtype)
     found, truth, _ = (answer[0].detach() for answer in answers)
     rounding = 32 * torch.finfo(dtype).eps  # the Gram matrix sums in another order than plain PyTorch, twice over
     assert torch.allclose(found.double(), truth, rtol=rounding, atol=rounding)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cfsfl_fast import backends, ops
-from cfsfl_fast.testing import assert_as_good, backend_params, poisoned, random_problem
+from cfsfl_fast.testing import Problem, assert_as_good, backend_params, loss_and_gradients, random_problem
 
 SHAPES = [(1, 1, 1), (0, 7, 5), (5, 60, 17), (13, 730, 40), (31, 900, 33)]
 
@@ -20,14 +20,11 @@ def test_loss_and_gradients(
 ) -> None:
     monkeypatch.setattr("cfsfl_fast.library.WARP_SCORES", 2 * shape[1])
     p = random_problem(*shape, exclude=exclude, strided=exclude)
-    dloss = torch.rand(shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    answers = []
-    for dt, run in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
-        q = p.to(dt, grad=True)
-        with backends.use_backend(run), poisoned():
-            loss = ops.linear_warp(q.u, ops.Table(q.weight, q.bias), q.items, q.offsets, q.exclude)
-            (loss * dloss.to(dt)).sum().backward()
-        answers.append((loss, q.u.grad, q.weight.grad, q.bias.grad))
+
+    def loss(q: Problem) -> torch.Tensor:
+        return ops.linear_warp(q.u, ops.Table(q.weight, q.bias), q.items, q.offsets, q.exclude)
+
+    answers = loss_and_gradients(p, loss, backend, dtype)
     for what, *tensors in zip(("loss", "u", "weight", "bias"), *answers, strict=True):
         assert_as_good(*tensors, what)
 

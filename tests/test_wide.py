@@ -18,6 +18,7 @@ from cfsfl_fast.row_adam import RowAdam, rounded
 from cfsfl_fast.runs import Run
 from cfsfl_fast.stages import fresh_model
 from cfsfl_fast.training import Noise, Optimisers, joint_step, run_epoch, view
+from tests.conftest import stop_at
 from tests.processes import outputs
 from tests.test_distributed import assert_alike
 from tests.test_sharded import BACKENDS
@@ -211,18 +212,7 @@ def test_sampled_training_learns_the_clusters(toy: Any, tmp_path: Path) -> None:
 def test_a_run_by_rows_resumes_with_the_same_weights(toy: Any, tmp_path: Path) -> None:
     config = CFSFLConfig(**{**QUICK, **WIDE})
     Run(toy, tmp_path / "whole", config, show_progress=False).train()
-    stopped = Run(toy, tmp_path / "run", config, show_progress=False)
-    saves, save = [], stopped.save_state
-
-    def save_and_stop() -> None:
-        save()
-        saves.append(1)
-        if len(saves) in (2, 6):
-            raise KeyboardInterrupt
-
-    stopped.save_state = save_and_stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stop_at(Run(toy, tmp_path / "run", config, show_progress=False), 2)
     Run(toy, tmp_path / "run", config, resume=True, show_progress=False).train()
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
 
@@ -304,18 +294,7 @@ def test_narrow_tables_learn_and_resume_with_the_same_weights(toy: Any, tmp_path
     config = CFSFLConfig(**{**QUICK, **NARROW, "epochs": (12, 2, 2)})
     report = Run(toy, tmp_path / "whole", config, show_progress=False).train()
     assert min(found["Recall@20"][0] for found in list(report["test"].values())[1:]) > 0.95
-    stopped = Run(toy, tmp_path / "run", config, show_progress=False)
-    saves, save = [], stopped.save_state
-
-    def save_and_stop() -> None:
-        save()
-        saves.append(1)
-        if len(saves) in (2, 15):
-            raise KeyboardInterrupt
-
-    stopped.save_state = save_and_stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stop_at(Run(toy, tmp_path / "run", config, show_progress=False), 2)
     Run(toy, tmp_path / "run", config, resume=True, show_progress=False).train()
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
     model = CFSFL.from_pretrained(tmp_path / "run")
