@@ -9,7 +9,7 @@ were there before: an optimiser's step is such a function. The first calls with 
 kernels, fills caches and creates an optimiser's state; they count, so a function with effects has each once per call.
 
 Memory    Graphs of one device share a pool. A replay overwrites what others left in it, so results are copied out, and
-          replays follow one another in the order of the calls, on whatever streams these are made.
+          runs follow one another in the order of the calls, on whatever streams these are made.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Recording:
 
 
 class _Device:
-    """All that is CUDA here: a side stream, the graphs' pool, and the order of replays."""
+    """All that is CUDA here: a side stream, the graphs' pool, and the order of runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -78,14 +78,20 @@ class _Device:
         self.pool: Any = None
         self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self.failed: list[Any] = []
-        self.replayed: Any = torch.cuda.Event()
-        self.replayed_on: Any = None
+        self.ran: Any = torch.cuda.Event()
+        self.ran_on: Any = None
 
     def follow(self) -> None:
-        """Makes the current stream wait for the last replay, where that was on another one."""
+        """Makes the current stream wait for the last run, where that was on another one: it may still read the buffers
+        that are about to be filled.
+        """
         stream = torch.cuda.current_stream()
-        if self.replayed_on not in (None, stream):
-            stream.wait_event(self.replayed)
+        if self.ran_on not in (None, stream):
+            stream.wait_event(self.ran)
+
+    def _leave(self, stream: Any) -> None:
+        self.ran.record(stream)
+        self.ran_on = stream
 
     def call(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """function(*inputs) on the side stream, where a capture will be."""
@@ -96,6 +102,7 @@ class _Device:
         stream.wait_stream(self.aside)
         for t in outputs:
             t.record_stream(stream)
+        self._leave(stream)
         return outputs
 
     def capture(self, function: Function, inputs: Sequence[Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
@@ -132,8 +139,7 @@ class _Device:
         stream = torch.cuda.current_stream()
         graph.replay()
         copies = tuple(t.clone() for t in outputs)
-        self.replayed.record(stream)
-        self.replayed_on = stream
+        self._leave(stream)
         return copies
 
 

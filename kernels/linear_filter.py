@@ -166,9 +166,9 @@ def linear_filter_rescue_kernel(
     K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Equation (3). One program per user and share of the items; those of users with a certificate stop at once."""
+    H, stride_u, stride_weight = H // VEC * VEC, stride_u // VEC * VEC, stride_weight // VEC * VEC
     b = tl.program_id(0).to(tl.int64)
     if (tl.load(found_ptr + b) < 0) & (tl.load(open_ptr + b) != 0):
-        H, stride_u, stride_weight = H // VEC * VEC, stride_u // VEC * VEC, stride_weight // VEC * VEC
         share = tl.cdiv(M, tl.num_programs(1))
         start = tl.program_id(1) * share
         stop = tl.minimum(start + share, M)

@@ -194,9 +194,8 @@ def select_row(
     tl.debug_barrier()
     found = tl.sum(count, 0)
     deepest = tl.max(count, 0)
-    if (deepest > DEPTH) | (found > CAPACITY // 2):
-        run = select_crowded_row(run, row_ptr, buffer_ptr, tau, start, N, K, K_LOG, CHUNK_LOG, LANES, CAPACITY // 2)
-    else:
+    crowded = (deepest > DEPTH) | (found > CAPACITY // 2)
+    if not crowded:
         first = 0
         for depth in range(0, deepest):
             here = (count > depth).to(tl.int32)
@@ -204,7 +203,15 @@ def select_row(
             s = tl.load(row_ptr + n, mask=here != 0, other=0.0).to(tl.float32)
             tl.store(buffer_ptr + first + tl.cumsum(here, 0) - 1, pack(s, start + n), mask=here != 0)
             first += tl.sum(here, 0)
+    # Of a crowded row the keys are yet to be found. One loop for both: the network in `fold` is compiled once.
+    found, n0 = tl.where(crowded, 0, found), tl.where(crowded, 0, N)
+    turn = tl.zeros((), tl.int32)
+    while (turn == 0) | (n0 < N):
+        found, n0 = append_keys(buffer_ptr, found, row_ptr, n0, tau, start, N, LANES, CAPACITY // 2)
         run = fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
+        tau = bar_above(worst_of(run, K, K_LOG), tau)
+        found = tl.zeros((), tl.int32)
+        turn += 1
     return run
 
 
@@ -247,27 +254,24 @@ def note_places(places_ptr, count, s, tau, n0, LANES: tl.constexpr, DEPTH: tl.co
 
 
 @triton.jit
-def select_crowded_row(
-    run, row_ptr, buffer_ptr, tau, start, N, K,
-    K_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    """(4) and (5) where more reach tau than lanes have places for: ties and adversarial orders."""
-    found = 0
-    for n0 in range(0, N, TILE):
+def append_keys(buffer_ptr, found, row_ptr, n0, tau, start, N, TILE: tl.constexpr, CAPACITY: tl.constexpr):
+    """Appends the keys of the places n0 .. N - 1 whose scores reach tau, as many tiles of them as the buffer has room
+    for; returns how many keys it holds then, and the first place that was left.
+    """
+    room = n0 < N
+    while room:
         n = n0 + tl.arange(0, TILE)
         s = scores_at(row_ptr, n, N)
         hit = (s >= tau).to(tl.int32)
         hits = tl.sum(hit, 0)
-        if found + hits > CAPACITY:
-            run = fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
-            found = 0
-            tau = bar_above(worst_of(run, K, K_LOG), tau)
-            hit = (s >= tau).to(tl.int32)
-            hits = tl.sum(hit, 0)
-        if hits > 0:
-            tl.store(buffer_ptr + found + tl.cumsum(hit, 0) - 1, pack(s, start + n), mask=hit != 0)
+        room = found + hits <= CAPACITY
+        if room:
+            if hits > 0:
+                tl.store(buffer_ptr + found + tl.cumsum(hit, 0) - 1, pack(s, start + n), mask=hit != 0)
             found += hits
-    return fold(run, buffer_ptr, found, K_LOG, CHUNK_LOG)
+            n0 += TILE
+        room = room & (n0 < N)
+    return found, n0
 
 
 @triton.jit

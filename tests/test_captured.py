@@ -182,7 +182,7 @@ def epochs(device: str, n_users: int, mode: str | bool, n: int = 3, **choices: A
         state += optimisers.state().values()
         if mode is True and device == "cuda":
             assert optimisers.updates is not None
-            assert optimisers.updates.graphs.replays > 0
+            assert (optimisers.updates.graphs.replays > 0) == (n * n_users > 16 * graphs.WARM_UP)
     return [*model.state_dict().values(), *state], figures
 
 
