@@ -1,4 +1,4 @@
-"""Where the time goes: kernels of one recommendation and of one update of stage 3, by the time they take.
+"""Where the time goes: kernels of one recommendation and of one update of stages 1 and 3, by the time they take.
 
 python benches/profile_loop.py [--results FOLDER] [--rehearse]    writes profile.txt and bench_profile.jsonl there
 """
@@ -6,6 +6,7 @@ python benches/profile_loop.py [--results FOLDER] [--rehearse]    writes profile
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -85,12 +86,18 @@ def main() -> None:
     made.precision, made.graphs = "bf16" if on_cuda else "fp32", Graphs(True)
     x = histories(n_items).to(device)
     seen, users = batch(n_items, 0, n_users, device)[0].seen, torch.arange(n_users, device=device)
-    updates = Updates(made, x, Optimisers(made, "joint"), "joint")
-    updates.begin(1, (0,), capacity(int(x.host_counts[:n_users].sum())))
+
+    def update(stage: str) -> Callable[[], Any]:
+        trained = copy.deepcopy(made)
+        updates = Updates(trained, x, Optimisers(trained, stage), stage)
+        updates.begin(1, (0,), capacity(int(x.host_counts[:n_users].sum())))
+        return lambda: updates(users, users)
+
     runs = {
-        "recommend 100": lambda: made.recommend(seen, 100),
+        "recommend 100": lambda: made.recommend(seen, 100, batch_size=n_users),
         "inference": lambda: made.eval()(seen),
-        "update of stage 3": lambda: updates(users, users),
+        "update of stage 1": update("recommender"),
+        "update of stage 3": update("joint"),
     }
     text, rows = "", []
     for what, run in runs.items():

@@ -65,8 +65,7 @@ class _Recording:
     def fill(self, inputs: Sequence[Tensor]) -> None:
         """Copies a call's inputs to where the graph reads them."""
         with torch.inference_mode(False), torch.no_grad():
-            for buffer, x in zip(self.inputs, inputs, strict=True):
-                buffer.copy_(x)
+            torch._foreach_copy_(self.inputs, list(inputs))  # one launch
 
 
 class _Device:

@@ -111,10 +111,13 @@ class Interactions:
 
     def padded(self, n_users: int, capacity: int | None = None) -> Interactions:
         """The same rows and empty ones behind them, n_users in all; with a capacity E it is `fixed`."""
-        offsets = torch.cat([self.offsets, self.offsets[-1:].expand(n_users - len(self))])
+        offsets, items = self.offsets, self.items
+        if n_users > len(self):
+            offsets = torch.cat([offsets, offsets[-1:].expand(n_users - len(self))])
         if capacity is None:
-            return Interactions(self.items, offsets, self.n_items, self.fixed)
-        items = F.pad(self.items, (0, capacity - len(self.items)), value=self.n_items)
+            return Interactions(items, offsets, self.n_items, self.fixed)
+        if capacity > len(items):
+            items = F.pad(items, (0, capacity - len(items)), value=self.n_items)
         return Interactions(items, offsets, self.n_items, fixed=True)
 
     def exact(self) -> Interactions:

@@ -333,7 +333,7 @@ class CFSFL(nn.Module):
         finally:
             if training:
                 self.train()
-        ids, scores, finite = (torch.cat(parts) for parts in zip(*found, strict=True))
+        ids, scores, finite = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         if not bool(finite.all()):
             raise ValueError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
         return ids, scores.float()
@@ -385,7 +385,9 @@ class CFSFL(nn.Module):
         if candidates is not None and len(candidates):
             ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)])
         ids, scores = ids[:n_users], scores[:n_users]
-        return F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf")), finite
+        if n > k:
+            ids, scores = F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf"))
+        return ids, scores, finite
 
     def _rescored(self, u: Tensor, ids: Tensor, k: int, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k best of listed items by float32 scores, ties to the smaller id. [B, K'] -> [B, k] twice"""

@@ -215,3 +215,33 @@ def test_a_fault_is_seen(tmp_path: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_sizes_of_one_compile(tmp_path: Path) -> None:
+    """What is 1 is a constant to the compiler, which then refuses what it allows of others; the interpreter does not."""
+    code = tmp_path / "ones.py"
+    code.write_text(
+        "import os, triton\n"
+        "from unittest import mock\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from cfsfl_fast.kernels import report\n"
+        "one = dict.fromkeys('BHDVFK', 1)\n"
+        "found = {}\n"
+        "for dtype, filter_from in (('fp32', '2'), ('bf16', '1')):\n"
+        "    os.environ['CFSFL_FILTER_FROM'] = filter_from\n"
+        "    with mock.patch.multiple(report, **one):\n"
+        "        for call in report.cases(1, report.DTYPES[dtype], 1).values():\n"
+        "            for launch in report.record(call, 90):\n"
+        "                source = report.source_of(launch)\n"
+        "                found[source.hash()] = launch.kernel.fn.__name__, source, dict(launch.options)\n"
+        "for name, source, options in found.values():\n"
+        "    triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options)\n"
+        "print(*sorted({name for name, _, _ in found.values()}))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(code)], env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) == set(LIMITS)
