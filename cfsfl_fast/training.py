@@ -95,6 +95,19 @@ class Noise:
         z = torch.arange(self.latent_dim, device=self.users.device)
         return noise.normal(LATENT, *self.keys, t if self.fresh else 0, self.users[:, None], z, device=z.device)
 
+    def of_passes(self) -> Callable[[int], Tensor]:
+        """The same for the passes of one loop: what they share is drawn once."""
+        shared: list[Tensor] = []
+
+        def of(t: int) -> Tensor:
+            if self.fresh:
+                return self(t)
+            if not shared:
+                shared.append(self(0))
+            return shared[0]
+
+        return of
+
 
 def _kl_weight(model: CFSFL, batch: View, step: int | Tensor) -> Tensor | float:
     config = model.config
@@ -157,7 +170,7 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int | Tensor) -> tup
     """
     config = model.config
     codes, _, state, output, lookup, hx = model.run_loop(
-        batch.encoded, batch.weights, batch.seen, steps=config.steps, exclude=batch.exclude, noise=eps
+        batch.encoded, batch.weights, batch.seen, steps=config.steps, exclude=batch.exclude, noise=eps.of_passes()
     )
     code = codes[-1]
     if (batch.mask is None) == (batch.exclude is None):  # the same rows: loss and list come from one product
@@ -182,7 +195,9 @@ def joint_step(model: CFSFL, batch: View, eps: Noise, step: int | Tensor) -> tup
 @torch.no_grad()
 def recommended_lists(model: CFSFL, batch: View, eps: Noise, steps: int) -> Lists:
     """The lists a^T of a batch after some steps, for an update of the reward estimator alone."""
-    loop = model.run_loop(batch.encoded, batch.weights, batch.seen, steps=steps, exclude=batch.exclude, noise=eps)
+    loop = model.run_loop(
+        batch.encoded, batch.weights, batch.seen, steps=steps, exclude=batch.exclude, noise=eps.of_passes()
+    )
     return Lists(*ops.linear_topk(loop.code.u, loop.output, model.config.top_k, batch.exclude, loop.state))
 
 

@@ -5,14 +5,14 @@
 
 Two ways, chosen by `filter_from`:
 
-*Select.* The library's product, a chunk of items at a time, into a buffer that stays in the second-level cache; one
-program per user selects from it (`tile.select_row`) and carries its list from chunk to chunk.
+*Select.* The library's product, a chunk of items at a time where all would take too much memory; one program per user
+selects from it (`tile.select_row`) and carries its list from chunk to chunk.
 
 *Filter* (`linear_filter`). A product whose epilogue keeps what reaches a threshold; nothing else is stored. In a
 loop it is for those alone whose list does not follow from an earlier step (`resting`).
 
 Shapes    u [B, H], weight [M, H], bias [M]; ids [B, K] int64, scores [B, K] in the dtype of u.
-Traffic   select: the scores are written once and read twice from cache, 2 B M itemsize bytes beside the product's own.
+Traffic   select: the scores are written once and read twice, 2 B M itemsize bytes beside the product's own.
 Numerics  The order is that of the scores in the dtype of the product's buffer, exactly.
 """
 

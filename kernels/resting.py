@@ -50,7 +50,8 @@ from cfsfl_fast.kernels.tile import (
 
 SKIP_FROM = {80: 2, 90: 2, 100: 2}
 """From which step of a loop on, by compute capability, users at rest are left out of the product of a catalogue that is
-not filtered: the library's product is faster while most of them move. Not yet measured."""
+not filtered: the library's product is faster while most of them move. Of 1, 2, 4 and never, 2 was best or within 8 %
+of it on an H100, for 500 users of a trained model in each precision and for 4,096 in bf16 and tf32."""
 
 
 @triton.jit
@@ -204,10 +205,10 @@ def look(u: Tensor, k: int, state: LoopState, *, first: bool, compared: bool, wi
     last = state.empty("last", (B, H), u.dtype, u) if compared else u
     anchor = state.empty("anchor", (B, H), u.dtype, u) if wide else u
     weight, bias, tau, norm, buffer, found, run = wide or (u, u, u, u, open_, open_, open_)
-    precision = dot_precision(u.dtype)
+    narrow = u.dtype == torch.float32 and dot_precision(u.dtype) == "tf32"  # halves are whole in tf32
     look_fwd_kernel[(B,)](
         open_, moved, order, active, run, last, anchor, found, u, weight, bias, tau, norm, buffer,
-        H, k, (H + 16) * 2.0**-22 + (2.0**-9 if precision == "tf32" else 0.0),
+        H, k, (H + 16) * 2.0**-22 + (2.0**-9 if narrow else 0.0),
         u.stride(0), weight.stride(0), tau.stride(0),
         FIRST=first, COMPARED=compared, WIDE=wide is not None,
         VEC=vector(H, u.stride(0), weight.stride(0)), K_LOG=selection(k)["K_LOG"], CHUNK_LOG=selection(k)["CHUNK_LOG"],

@@ -24,7 +24,7 @@ from torch import Tensor
 from cfsfl_fast import library
 from cfsfl_fast.kernels.tile import covers, on_its_device, power_of_two, row_tile, rows_first, vector
 
-SPLIT = 128
+SPLIT = 32
 """Entries whose sum one program makes; segments below twice that are never split."""
 
 
@@ -100,7 +100,9 @@ def row_bag_bwd_kernel(
     stride_dout,
     HAS_WEIGHTS: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Equation (2). One program per item and BLOCK_D columns: its head, its whole splits, its tail."""
+    """Equation (2). One program per item and BLOCK_D columns: its head, its whole splits, its tail. Most segments are a
+    few entries long: what counts is how many programs there are, and that each has few things to wait for.
+    """
     D, stride_dout = D // VEC * VEC, stride_dout // VEC * VEC
     j = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -126,9 +128,15 @@ def row_bag_bwd_kernel(
 
 
 def blocks(D: int) -> dict[str, int]:
-    """Tile sizes for rows of D columns: 128 columns of 16 rows, or 64 of 32, in the registers of four warps."""
+    """Forward tiles for rows of D columns: 128 columns of 16 rows, or 64 of 32, in the registers of four warps."""
     width = min(128, power_of_two(D))
-    return {"BLOCK_E": 2048 // width, "BLOCK_D": width}
+    return {"BLOCK_E": 2048 // width, "BLOCK_D": width, "num_warps": 4}
+
+
+def backward_blocks(D: int) -> dict[str, int]:
+    """Backward tiles: whole rows, up to 1024 columns, of four entries; a warp for every 256 columns."""
+    width = min(1024, power_of_two(D))
+    return {"BLOCK_E": 2, "BLOCK_D": width, "num_warps": max(1, width // 256)}
 
 
 @on_its_device
@@ -143,7 +151,7 @@ def row_bag(table: Tensor, items: Tensor, offsets: Tensor, weights: Tensor | Non
         weights = None if weights is None else rows_first(weights)
         row_bag_fwd_kernel[(B, triton.cdiv(D, tiles["BLOCK_D"]))](
             out, table, items, offsets, items if weights is None else weights, D, table.stride(0),
-            HAS_WEIGHTS=weights is not None, VEC=vector(D, table.stride(0)), **tiles, num_warps=4,
+            HAS_WEIGHTS=weights is not None, VEC=vector(D, table.stride(0)), **tiles,
         )  # fmt: skip
     return out
 
@@ -157,7 +165,7 @@ def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tens
     dtable = dout.new_empty(n_items, D)
     if E == 0 or dtable.numel() == 0:
         return dtable.zero_()
-    dout, offsets, tiles = rows_first(dout), rows_first(offsets), blocks(D)
+    dout, offsets, tiles = rows_first(dout), rows_first(offsets), backward_blocks(D)
     # 32-bit keys halve the passes of the sort; searchsorted, unlike bincount, never waits for the device.
     items, order = items.to(torch.int32).sort(stable=True)
     rows = torch.searchsorted(offsets, order, right=True) - 1
@@ -169,9 +177,9 @@ def row_bag_backward(dout: Tensor, items: Tensor, offsets: Tensor, weights: Tens
     flags = {"HAS_WEIGHTS": weights is not rows, "VEC": vector(D, dout.stride(0)), "SPLIT": SPLIT, **tiles}
     if n_splits:
         row_bag_split_bwd_kernel[(n_splits, columns)](
-            partial, dout, items, rows, weights, B, D, dout.stride(0), **flags, num_warps=4
+            partial, dout, items, rows, weights, B, D, dout.stride(0), **flags
         )  # fmt: skip
     row_bag_bwd_kernel[(n_items, columns)](
-        dtable, dout, ends, rows, weights, partial, B, D, dout.stride(0), **flags, num_warps=4
+        dtable, dout, ends, rows, weights, partial, B, D, dout.stride(0), **flags
     )  # fmt: skip
     return dtable

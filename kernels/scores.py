@@ -2,10 +2,9 @@
 
     s[:, start : stop] = u weight[start : stop]^T + bias[start : stop]        [B, width], in a buffer that is used again
 
-Traffic   A chunk is chosen to stay in the second-level cache between the product and the kernel that reads it. Rows
-          start at multiples of ALIGN elements. Where the catalogue is no multiple of ALIGN, one loop's state keeps the
-          last chunk's weights padded (bias -inf), so that every product has the library's fast shape and its bias
-          epilogue.
+Traffic   Scores are written once, and read from the second-level cache where they fit into it. Rows start at multiples
+          of ALIGN elements. Where the catalogue is no multiple of ALIGN, one loop's state keeps the last chunk's
+          weights padded (bias -inf), so that every product has the library's fast shape and its bias epilogue.
 Numerics  As torch.addmm in the dtype of u: `torch.set_float32_matmul_precision` decides between float32 and tf32.
 """
 
@@ -20,8 +19,9 @@ from torch.nn import functional as F
 
 from cfsfl_fast.kernels.tile import ALIGN, round_up, tuned
 
-CHUNK_BYTES = {80: 24 << 20, 90: 40 << 20, 100: 80 << 20}
-"""Scores held at once, by compute capability: what leaves room in the second-level cache. Not yet measured."""
+CHUNK_BYTES = {90: 512 << 20}
+"""Scores held at once, by compute capability. A bound on memory: on an H100 (9.0) one product of everything beats several
+whose scores fit its cache, 4,096 users of 20,108 items in bf16 3.7 against 4.7 ms for the loop."""
 
 
 class LoopState:

@@ -420,10 +420,9 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as PyTorch is told to, and near float32 where the scores are halves anyway."""
-    if dtype != torch.float32:
-        return "tf32x3"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How `tl.dot` multiplies float32: as PyTorch is told to, and in tf32 beside scores that are halves."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
 
 
 def vector(*sizes: int) -> int:

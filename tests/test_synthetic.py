@@ -123,7 +123,8 @@ def test_rows_made_on_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert items.device.type == device
     assert (int(offsets[0]), int(offsets[-1])) == (0, len(items))
     counts = offsets.diff()
-    assert int(counts.min()) >= 3
+    assert int(counts.min()) >= 1
+    assert float((counts >= 3).double().mean()) > 0.99  # a user of one narrow taste may draw fewer distinct items
     assert 22 < float(counts.double().mean()) < 31
     assert int(items.min()) >= 0
     assert int(items.max()) < 400
