@@ -345,7 +345,7 @@ def feedback_step(
         LOOKED=block.seen is not None, RESTING=resting,
         **block.flags(k),
         BLOCK_D=min(256, power_of_two(D)), BLOCK_F=BLOCK_F, BLOCK_V=power_of_two(V), BLOCK_H=128,
-        BLOCK_I=16, GROUP=GROUP, PREC=precision, num_warps=4,
+        BLOCK_I=16 if precision == "ieee" else 32, GROUP=GROUP, PREC=precision, num_warps=4,
         maxnreg=128,  # four programs per multiprocessor; left alone, the compiler spills to get five
     )  # fmt: skip
     if turn is not None:

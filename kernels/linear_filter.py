@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cfsfl_fast.kernels.resting import Look, tile_of
+from cfsfl_fast.kernels.resting import PROGRAMS, Look, tile_of
 from cfsfl_fast.kernels.tile import (
     CAPACITY,
     CSR,
@@ -47,9 +47,6 @@ SAMPLE = 16
 
 FILTER_FROM = {80: 200_000, 90: 200_000, 100: 200_000}
 """Catalogues from this size on are filtered, by compute capability. Not yet measured."""
-
-PROGRAMS = {80: 108, 90: 132, 100: 148}
-"""Programs at once, by compute capability: one per multiprocessor."""
 
 APPEND = tl.constexpr("""{
     .reg .pred pass, fits, zero;

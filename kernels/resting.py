@@ -53,6 +53,9 @@ SKIP_FROM = {80: 2, 90: 2, 100: 2}
 not filtered: the library's product is faster while most of them move. Of 1, 2, 4 and never, 2 was best or within 8 %
 of it on an H100, for 500 users of a trained model in each precision and for 4,096 in bf16 and tf32."""
 
+PROGRAMS = {80: 108, 90: 132, 100: 148}
+"""Programs at once of a product of ours, by compute capability: one per multiprocessor."""
+
 
 @triton.jit
 def bits_of(x):
@@ -139,20 +142,22 @@ def look_fwd_kernel(
 def linear_scores_fwd_kernel(
     scores_ptr,                                                 # out [B, N]: rows of open users
     u_ptr, weight_ptr, bias_ptr, order_ptr, active_ptr,         # in [B, H], [M, H], [M], [B], [1]
-    M, H, n_groups,
+    M, H,
     stride_scores, stride_u, stride_weight, stride_bias,
     PREC: tl.constexpr, VEC: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """u O^T + o of the open users. One program per BLOCK_U of them and BLOCK_M items."""
+    """u O^T + o of the open users. The programs share the tiles of BLOCK_U of them and BLOCK_M items: at a step where
+    nobody is open, a program per multiprocessor returns at once.
+    """
     H, stride_u, stride_weight = H // VEC * VEC, stride_u // VEC * VEC, stride_weight // VEC * VEC
     stride_scores = stride_scores // 16 * 16
-    group = tl.program_id(0) % n_groups  # those of one tile of items follow one another
-    slot = group * BLOCK_U + tl.arange(0, BLOCK_U)
     active = tl.load(active_ptr)
-    if group * BLOCK_U < active:
+    n_groups = tl.cdiv(active, BLOCK_U)
+    for tile in range(tl.program_id(0), n_groups * tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        slot = tile % n_groups * BLOCK_U + tl.arange(0, BLOCK_U)  # those of one tile of items follow one another
         in_b = slot < active
         b = tl.load(order_ptr + slot, mask=in_b, other=0).to(tl.int64)
-        m = tl.program_id(0) // n_groups * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = tile // n_groups * BLOCK_M + tl.arange(0, BLOCK_M)
         in_m = m < M
         h = tl.arange(0, BLOCK_H)
         u_rows = u_ptr + b[:, None] * stride_u + h[None, :]
@@ -221,10 +226,10 @@ def open_scores(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor, seen: Look
     """Scores u weight^T + bias of the open users into their rows of out [B, width]; nothing else is written."""
     (B, H), M = u.shape, len(weight)
     BLOCK_M, BLOCK_H = tile_of(u)
-    n_groups = triton.cdiv(B, 128)
-    linear_scores_fwd_kernel[(n_groups * triton.cdiv(M, BLOCK_M),)](  # the other axes of a grid end at 65,535
-        out, u, weight, bias, seen.order, seen.active, M, H, n_groups, out.stride(0), u.stride(0), weight.stride(0),
-        bias.stride(0),
+    n_tiles = triton.cdiv(B, 128) * triton.cdiv(M, BLOCK_M)
+    linear_scores_fwd_kernel[(min(n_tiles, tuned("CFSFL_PROGRAMS", PROGRAMS, u.device)),)](
+        out, u, weight, bias, seen.order, seen.active, M, H,
+        out.stride(0), u.stride(0), weight.stride(0), bias.stride(0),
         PREC=dot_precision(u.dtype), VEC=vector(H, u.stride(0), weight.stride(0)),
         BLOCK_U=128, BLOCK_M=BLOCK_M, BLOCK_H=BLOCK_H, num_warps=8,
     )  # fmt: skip
@@ -233,9 +238,10 @@ def open_scores(u: Tensor, weight: Tensor, bias: Tensor, out: Tensor, seen: Look
 def tile_of(u: Tensor) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_H) of a product with 128 users: what fills the registers of eight warps; half of it where
     elements are wide, before wgmma, and where a program has no more than 99 KB of shared memory (8.6, 8.9, 12.0).
+    Products without tensor cores need the registers of half the depth.
     """
     large = u.element_size() == 2 and 90 <= capability(u.device) < 120
-    return 256 if large else 128, 128 // u.element_size()
+    return 256 if large else 128, 16 if dot_precision(u.dtype) == "ieee" else 128 // u.element_size()
 
 
 def skips(u: Tensor, step: int) -> bool:

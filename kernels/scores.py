@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from cfsfl_fast.kernels.tile import ALIGN, round_up, tuned
 
 CHUNK_BYTES = {90: 512 << 20}
-"""Scores held at once, by compute capability. A bound on memory: on an H100 (9.0) one product of everything beats several
-whose scores fit its cache, 4,096 users of 20,108 items in bf16 3.7 against 4.7 ms for the loop."""
+"""Bytes of scores held at once, by compute capability. A bound on memory: on an H100 (9.0) one product of everything
+beats several whose scores fit its cache, for 4,096 users of 20,108 items in bf16 3.7 against 4.7 ms for the loop."""
 
 
 class LoopState:

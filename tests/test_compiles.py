@@ -218,7 +218,7 @@ def test_a_fault_is_seen(tmp_path: Path) -> None:
 
 
 def test_sizes_of_one_compile(tmp_path: Path) -> None:
-    """What is 1 is a constant to the compiler, which then refuses what it allows of others; the interpreter does not."""
+    """What is 1 is a constant to the compiler, which refuses more then than the interpreter."""
     code = tmp_path / "ones.py"
     code.write_text(
         "import os, triton\n"

@@ -116,8 +116,8 @@ def test_narrow_products_are_near_and_differ(action: str, device: str) -> None:
 
 @DEVICES
 def test_lists_of_narrow_products_are_scored_again_on_request(device: str) -> None:
-    """The list is that of float32 as long as the margin holds its items; scores then are float32's. On a CUDA device the
-    code is that of tf32.
+    """The list is that of float32 as long as the margin holds its items; scores then are float32's. On a CUDA device,
+    with the code of tf32.
     """
     model = build(precision="bf16", steps=0).to(device)
     twin = copy.deepcopy(model)
