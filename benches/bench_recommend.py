@@ -21,7 +21,8 @@ from problems import CONFIG, ITEMS, SHAPES, B, T, batch, dense, model, ones, var
 from cfsfl_fast import CFSFL, backends, ops
 from cfsfl_fast.datasets import open_dataset
 from cfsfl_fast.interactions import Interactions, as_interactions
-from cfsfl_fast.training import Noise, Optimisers, recommender_step, update, view
+from cfsfl_fast.training import Noise, recommender_step, view
+from cfsfl_fast.updates import Optimisers, update
 
 N = 100
 

@@ -19,7 +19,8 @@ from cfsfl_fast import backends
 from cfsfl_fast.datasets import open_dataset
 from cfsfl_fast.graphs import capacity
 from cfsfl_fast.interactions import as_interactions
-from cfsfl_fast.training import Noise, Optimisers, Updates, joint_step, recommender_step, update, view
+from cfsfl_fast.training import Noise, joint_step, recommender_step, view
+from cfsfl_fast.updates import Optimisers, Updates, update
 
 
 class Twins:

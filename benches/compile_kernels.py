@@ -15,7 +15,7 @@ from problems import CONFIG, ITEMS, histories
 
 from cfsfl_fast import CFSFL, CFSFLConfig
 from cfsfl_fast.graphs import capacity
-from cfsfl_fast.training import Optimisers, Updates
+from cfsfl_fast.updates import Optimisers, Updates
 
 WORK = (("inference", "recommender"), ("reward", "joint"))
 PRECISIONS = ("fp32", "tf32", "bf16")

@@ -22,7 +22,7 @@ from cfsfl_fast.interactions import from_pairs
 from cfsfl_fast.plan import measured_rates, plan
 from cfsfl_fast.scarcity import free_memory
 from cfsfl_fast.stages import fresh_model
-from cfsfl_fast.training import Optimisers, run_epoch
+from cfsfl_fast.updates import Optimisers, run_epoch
 
 
 def peak() -> float:

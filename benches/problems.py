@@ -12,7 +12,8 @@ from cfsfl_fast import CFSFL, CFSFLConfig
 from cfsfl_fast.datasets import synthetic
 from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import Interactions, as_interactions
-from cfsfl_fast.training import Noise, Optimisers, View, joint_step, recommender_step, update, view
+from cfsfl_fast.training import Noise, View, joint_step, recommender_step, view
+from cfsfl_fast.updates import Optimisers, update
 
 SHAPES = {"ml-1m": 3706, "ml-20m": 20108, "msd": 41140}
 """Items of the paper's data sets, and of MovieLens-1M."""

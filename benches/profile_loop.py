@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cfsfl_fast import backends
 from cfsfl_fast.graphs import Graphs, capacity
-from cfsfl_fast.training import Optimisers, Updates
+from cfsfl_fast.updates import Optimisers, Updates
 
 REPEATS = 10
 SHOWN = 25

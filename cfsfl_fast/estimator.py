@@ -22,7 +22,7 @@ from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.metrics import Mean
 from cfsfl_fast.model import CFSFL
 from cfsfl_fast.stages import Epoch, OnEpoch, Trainer, fresh_model
-from cfsfl_fast.training import Optimisers
+from cfsfl_fast.updates import Optimisers
 
 _RUN_TIME = {"backend": "auto", "precision": "fp32", "deterministic": False, "graphs": "auto"}
 _CHOICES = {f.name: f.default for f in dataclasses.fields(CFSFLConfig) if f.name not in ("seed", "control")}

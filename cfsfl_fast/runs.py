@@ -27,7 +27,7 @@ from cfsfl_fast.plan import plan
 from cfsfl_fast.scarcity import OutOfMemoryError, free_memory
 from cfsfl_fast.sharded import Shard
 from cfsfl_fast.stages import STAGES, Epoch, OnEpoch, Trainer, fresh_model
-from cfsfl_fast.training import Optimisers
+from cfsfl_fast.updates import Optimisers
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from cfsfl_fast.metrics import Mean
 from cfsfl_fast.model import CFSFL, ITEM_TABLES
 from cfsfl_fast.progress import bar
 from cfsfl_fast.sharded import Shard
-from cfsfl_fast.training import Optimisers, prepare_item_reward, run_epoch
+from cfsfl_fast.training import prepare_item_reward
+from cfsfl_fast.updates import Optimisers, run_epoch
 
 log = logging.getLogger(__name__)
 

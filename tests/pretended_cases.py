@@ -28,7 +28,7 @@ from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import Interactions
 from cfsfl_fast.kernels import resting, tile
 from cfsfl_fast.reference import ACTIONS
-from cfsfl_fast.training import Optimisers, Updates
+from cfsfl_fast.updates import Optimisers, Updates
 from tests.test_training import SIZES
 
 DEVICE = "pretended"

@@ -21,7 +21,7 @@ from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.reference import ACTIONS
 from cfsfl_fast.runs import Run
-from cfsfl_fast.training import Optimisers, run_epoch
+from cfsfl_fast.updates import Optimisers, run_epoch
 from tests.conftest import clusters, stop_at
 from tests.test_model import M, build, histories
 from tests.test_training import QUICK, SIZES

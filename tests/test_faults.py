@@ -21,7 +21,7 @@ import safetensors
 import torch
 from click.testing import CliRunner
 
-from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, resharding, stages, training
+from cfsfl_fast import CFSFL, CFSFLConfig, arrays, checkpoint, files, ops, resharding, stages, training, updates
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, open_dataset, prepared, save_dataset, synthetic_dataset
 from cfsfl_fast.distributed import ALONE, Mesh
@@ -488,7 +488,7 @@ def test_a_run_writes_no_nan(place: str, toy: Dataset, tmp_path: Path) -> None:
     before = digests(tmp_path / "run")
     with torch.no_grad():
         run.model.lookup.weight[3, 1] = torch.inf
-    run.optimisers = training.Optimisers(run.model, "joint")
+    run.optimisers = updates.Optimisers(run.model, "joint")
     with pytest.raises(ValueError, match=r"run/.*\.safetensors: (model/)?lookup\.weight holds NaN or infinite values"):
         run.keep("joint") if place == "model" else run.save_state()
     assert digests(tmp_path / "run") == before

@@ -37,14 +37,15 @@ ALLOWED = {
     "serving": {"backends", "interactions", "model"},
     "export": {"backends", "files", "interactions", "model", "ops"},
     "runs": {"checkpoint", "files", "backends", "baselines", "config", "datasets", "distributed", "evaluation"}
-    | {"interactions", "metrics", "model", "plan", "resharding", "scarcity", "sharded", "stages", "training"},
+    | {"interactions", "metrics", "model", "plan", "resharding", "scarcity", "sharded", "stages", "updates"},
     "stages": {"backends", "config", "datasets", "distributed", "evaluation", "interactions", "metrics", "model"}
-    | {"folds", "progress", "scarcity", "sharded", "training"},
+    | {"folds", "progress", "scarcity", "sharded", "training", "updates"},
     "row_adam": {"noise"},
-    "training": {"backends", "config", "distributed", "graphs", "interactions", "judging", "loop", "losses", "model"}
-    | {"folds", "lookups", "noise", "ops", "recommenders", "row_adam", "virtual_user"},
-    "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"}
-    | {"training"},
+    "updates": {"backends", "distributed", "graphs", "interactions", "losses", "model"}
+    | {"folds", "lookups", "noise", "recommenders", "row_adam", "training"},
+    "training": {"config", "distributed", "interactions", "judging", "losses", "model"}
+    | {"folds", "noise", "ops", "recommenders", "virtual_user"},
+    "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"} | {"updates"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions", "progress", "scarcity"},
     "baselines": {"progress", "datasets", "evaluation", "interactions", "item_item", "ops", "scarcity"},

@@ -21,7 +21,7 @@ from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.plan import PROCESS, measured_rates, plan, scaling
 from cfsfl_fast.scarcity import free_memory
 from cfsfl_fast.stages import fresh_model
-from cfsfl_fast.training import Optimisers
+from cfsfl_fast.updates import Optimisers
 from tests.conftest import ROOT
 from tests.processes import PATIENCE, environment
 from tests.test_training import QUICK

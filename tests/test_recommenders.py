@@ -22,7 +22,8 @@ from cfsfl_fast.distributed import Group
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.recommenders import RECOMMENDERS, awae
 from cfsfl_fast.runs import Run
-from cfsfl_fast.training import Noise, Optimisers, Updates, joint_step, recommender_step, run_epoch, view
+from cfsfl_fast.training import Noise, joint_step, recommender_step, view
+from cfsfl_fast.updates import Optimisers, Updates, run_epoch
 from tests.conftest import clusters
 
 SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}

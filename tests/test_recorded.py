@@ -18,7 +18,7 @@ from cfsfl_fast import CFSFL, CFSFLConfig, graphs, library
 from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.reference import ACTIONS
-from cfsfl_fast.training import Optimisers, run_epoch
+from cfsfl_fast.updates import Optimisers, run_epoch
 from tests.conftest import clusters
 from tests.test_captured import agree, epochs
 from tests.test_graphs import StandIn, stand_in  # noqa: F401

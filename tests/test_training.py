@@ -24,7 +24,8 @@ from cfsfl_fast.datasets import Dataset, Protocol, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.interactions import as_interactions
 from cfsfl_fast.runs import Run, table
-from cfsfl_fast.training import Noise, Optimisers, joint_step, recommender_step, reward_step, update, view
+from cfsfl_fast.training import Noise, joint_step, recommender_step, reward_step, view
+from cfsfl_fast.updates import Optimisers, update
 from tests.conftest import ROOT, clusters
 
 SIZES = {"steps": 2, "top_k": 6, "hidden_dim": 24, "latent_dim": 8, "lookup_dim": 8, "feedback_dim": 8}

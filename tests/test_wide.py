@@ -17,7 +17,8 @@ from cfsfl_fast.lookups import Table, gradients_by_rows
 from cfsfl_fast.row_adam import RowAdam, rounded
 from cfsfl_fast.runs import Run
 from cfsfl_fast.stages import fresh_model
-from cfsfl_fast.training import Noise, Optimisers, joint_step, run_epoch, view
+from cfsfl_fast.training import Noise, joint_step, view
+from cfsfl_fast.updates import Optimisers, run_epoch
 from tests.conftest import stop_at
 from tests.processes import outputs
 from tests.test_distributed import assert_alike

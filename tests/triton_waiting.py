@@ -16,7 +16,8 @@ from cfsfl_fast import CFSFL, CFSFLConfig, backends, library, ops, reference
 from cfsfl_fast.folds import Folds
 from cfsfl_fast.graphs import Graphs
 from cfsfl_fast.interactions import as_interactions
-from cfsfl_fast.training import Optimisers, prepare_item_reward, run_epoch
+from cfsfl_fast.training import prepare_item_reward
+from cfsfl_fast.updates import Optimisers, run_epoch
 from tests.conftest import clusters
 from tests.test_training import SIZES
 
