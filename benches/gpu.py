@@ -82,22 +82,22 @@ def rounds(results: Path, cuda: bool) -> list[Round]:
     rehearse = [] if cuda else ["--rehearse"]
     operations = [f"benches/bench_{op}.py" for op in OPERATIONS]
     return [
-        Round(45, [Part("build", [*python, "setup.py", "-q", "build_ext", "--inplace"])]),
-        Round(10, [Part("machine", [*python, "benches/machine.py"])]),
-        Round(130, [
+        Round(30, [Part("build", [*python, "setup.py", "-q", "build_ext", "--inplace"])]),
+        Round(8, [Part("machine", [*python, "benches/machine.py"])]),
+        Round(115, [
             Part("compile kernels", [*python, "benches/compile_kernels.py", *rehearse]),
             Part("tests of graphs", test(4, "graphs", "captured")),
             Part("tests of kernels", test(6, "triton_gpu")),
             Part("tests of numerics", test(2, "numerics", "synthetic")),
         ]),
-        Round(40, [Part("bench_loop", [*bench, *uncompiled, "benches/bench_loop.py"])]),
-        Round(45, [Part("bench_training", [*bench, *uncompiled, "benches/bench_training.py"])]),
-        Round(115, [Part("bench_schedule", [*bench, "benches/bench_schedule.py"])]),
-        Round(20, [Part("profile", [*python, "benches/profile_loop.py", "--results", str(results), *rehearse])]),
-        Round(25, [Part("operations", [*bench, "-k", "every_size and not 4096", *operations])]),
-        Round(15, [Part("bench_recommend", [*bench, "benches/bench_recommend.py"])]),
-        Round(15, [Part("torch.compile, loop", [*compiled, "benches/bench_loop.py"])]),
-        Round(15, [Part("torch.compile, training", [*compiled, "benches/bench_training.py"])]),
+        Round(50, [Part("bench_loop", [*bench, *uncompiled, "benches/bench_loop.py"])]),
+        Round(95, [Part("bench_training", [*bench, *uncompiled, "benches/bench_training.py"])]),
+        Round(60, [Part("bench_schedule", [*bench, "benches/bench_schedule.py"])]),
+        Round(30, [Part("profile", [*python, "benches/profile_loop.py", "--results", str(results), *rehearse])]),
+        Round(30, [Part("operations", [*bench, "-k", "every_size and not 4096", *operations])]),
+        Round(35, [Part("bench_recommend", [*bench, "benches/bench_recommend.py"])]),
+        Round(8, [Part("torch.compile, loop", [*compiled, "benches/bench_loop.py"])]),
+        Round(8, [Part("torch.compile, training", [*compiled, "benches/bench_training.py"])]),
     ]  # fmt: skip
 
 
