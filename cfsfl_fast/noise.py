@@ -6,7 +6,9 @@ arithmetic, which wraps. Nothing is kept between calls, so a run that resumes re
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,23 +43,51 @@ def _stepped(x: Any) -> Any:
     return x + _GOLDEN if isinstance(x, Tensor) else _signed(x + _GOLDEN)
 
 
-def bits(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def _follow(state: Any, key: Any) -> Any:
+    return _mix(_stepped(state) ^ _mix(_stepped(key)))
+
+
+class Begun:
+    """Numbers that come next to a stream's in the keys of many draws, mixed on the host once for all of them. What is
+    drawn is what the numbers themselves would give. They can change where they are, under a captured graph.
+
+    states: [S] int64, of each stream.
+    """
+
+    def __init__(self, streams: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self._place = {_follow(0, stream): i for i, stream in enumerate(streams)}
+        self.states = torch.zeros(len(streams), dtype=torch.int64, device=device)
+
+    def set(self, *numbers: int) -> None:
+        """Begins with other numbers from here on."""
+        states = [functools.reduce(_follow, numbers, state) for state in self._place]
+        self.states.copy_(torch.tensor(states))
+
+    def after(self, state: int) -> Tensor:
+        """The state that follows the one of a stream."""
+        return self.states[self._place[state]]
+
+
+Key = int | Tensor | Begun
+
+
+def bits(*keys: Key, device: torch.device | str = "cpu") -> Tensor:
     """64 random bits for every combination of keys, which broadcast. int64
 
     Numbers are mixed on the host, and tensors where they are: nothing is sent to a device.
     """
     state: Any = 0
     for key in keys:
-        state = _mix(_stepped(state) ^ _mix(_stepped(key)))
+        state = key.after(state) if isinstance(key, Begun) else _follow(state, key)
     return state if isinstance(state, Tensor) else torch.full((), state, dtype=torch.int64, device=device)
 
 
-def uniform(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def uniform(*keys: Key, device: torch.device | str = "cpu") -> Tensor:
     """Uniform on (0, 1) for every combination of keys, which broadcast. float32"""
     return (_shift(bits(*keys, device=device), 40).float() + 0.5) * 2.0**-24
 
 
-def normal(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def normal(*keys: Key, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal for every combination of keys (Box and Muller 1958). float32"""
     drawn = bits(*keys, device=device)
     radius = ((_shift(drawn, 40).float() + 0.5) * 2.0**-24).log_().mul_(-2).sqrt_()

@@ -23,8 +23,8 @@ from cfsfl_fast.model import CFSFL
 from cfsfl_fast.recommenders import Code
 from cfsfl_fast.virtual_user import weights
 
-DROPOUT, LATENT, SHOWN, NEGATIVE = 1, 2, 3, 4
-"""Streams of random numbers."""
+STREAMS = DROPOUT, LATENT, SHOWN, NEGATIVE = 1, 2, 3, 4
+"""Of random numbers."""
 
 SHARE_SHOWN = 0.8
 """Of a history, when an item reward learns: as much as held-out users show of theirs."""
@@ -49,7 +49,7 @@ def view(
     x: Interactions,
     users: Tensor,
     config: CFSFLConfig,
-    *keys: int | Tensor,
+    *keys: noise.Key,
     share: Tensor | None = None,
     denoises: bool = True,
 ) -> View:
@@ -83,7 +83,7 @@ class Noise:
     users: Tensor
     latent_dim: int
     fresh: bool
-    keys: tuple[int | Tensor, ...]
+    keys: tuple[noise.Key, ...]
 
     def __call__(self, t: int) -> Tensor:
         """eps of pass t: the same for every t unless fresh. [B, Z]"""
@@ -215,7 +215,7 @@ def reward_step(model: CFSFL, batch: View, lists: Lists, group: Group = ALONE) -
 
 
 def item_reward_step(
-    model: CFSFL, folds: Folds, whole: Interactions, users: Tensor, keys: Sequence[int | Tensor], group: Group = ALONE
+    model: CFSFL, folds: Folds, whole: Interactions, users: Tensor, keys: Sequence[noise.Key], group: Group = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of the item reward on lists from a part of each history, real being what is listed of the rest.
 
@@ -236,7 +236,7 @@ def item_reward_step(
     return judging.reward_loss(model.memory, weights(model.reward), ids, evidence, targets, group)
 
 
-def shown(whole: Interactions, users: Tensor, *keys: int | Tensor) -> tuple[Interactions, Interactions]:
+def shown(whole: Interactions, users: Tensor, *keys: noise.Key) -> tuple[Interactions, Interactions]:
     """Histories in two random parts: what is shown, SHARE_SHOWN of the items, and the rest."""
     drawn = noise.uniform(SHOWN, *keys, whole.spread(users), whole.items, device=users.device)
     return whole.where(drawn < SHARE_SHOWN), whole.where(drawn >= SHARE_SHOWN)

@@ -164,7 +164,7 @@ class Updates:
         self.graphs = Graphs(model.graphs.mode if has_shapes else False)
         self.fixed = self.graphs.wanted(device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.keys = torch.zeros(0, dtype=torch.int64, device=device)
+        self.keys = noise.Begun(training.STREAMS, device)
         self.sums, self.last = torch.zeros(4, device=device), torch.zeros(4, device=device)
         self.capacity: int | None = None
 
@@ -176,9 +176,7 @@ class Updates:
             keys: of the epoch's random numbers.
             capacity: entries that a batch has room for; None takes as many as there are.
         """
-        if len(keys) != len(self.keys):
-            self.keys = self.keys.new_zeros(len(keys))
-        self.keys.copy_(torch.tensor(keys))
+        self.keys.set(*keys)
         self.step.fill_(step)
         self.sums.zero_()
         self.capacity = capacity
@@ -204,7 +202,7 @@ class Updates:
                 reads=[
                     *self.model.tensors(),
                     self.histories.items,
-                    self.keys,
+                    self.keys.states,
                     *(self.folds.tensors() if self.folds else ()),
                 ],
             )
@@ -216,7 +214,7 @@ class Updates:
     def _seen(self, everyone: Tensor, *more: int) -> tuple[training.View, training.Noise]:
         config = self.model.config
         users, share = self.group.part(everyone, -1), self.group.part(losses.shares(everyone >= 0), 0)
-        keys: tuple[int | Tensor, ...] = (*self.keys.unbind(), *more)
+        keys: tuple[noise.Key, ...] = (self.keys, *more)
         denoises = self.model.recommender.denoises
         batch = training.view(self._whole(users), users, config, *keys, share=share, denoises=denoises)
         if config.softmax == "sampled":
@@ -244,8 +242,8 @@ class Updates:
         if optimisers.reward is not None and config.judges_items:
             assert self.folds is not None
             users = self.group.part(batches[0], -1)
-            whole, keys = self._whole(users), self.keys.unbind()
-            loss, real, fake = training.item_reward_step(model, self.folds, whole, users, keys, self.group)
+            whole = self._whole(users)
+            loss, real, fake = training.item_reward_step(model, self.folds, whole, users, (self.keys,), self.group)
             update(optimisers.reward, loss, self.group)
             found[1:] = torch.stack([loss.detach(), real, fake])
         elif optimisers.reward is not None:

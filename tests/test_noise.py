@@ -1,5 +1,6 @@
 """Random numbers that depend on their keys alone."""
 
+import pytest
 import scipy.stats
 import torch
 
@@ -44,3 +45,16 @@ def test_uniform_is_uniform_and_normal_is_normal() -> None:
     assert scipy.stats.kstest(z.numpy(), "norm").pvalue > 0.01
     assert abs(float((z[1:] * z[:-1]).mean())) < 0.01
     assert bool(z.isfinite().all())
+
+
+def test_numbers_may_be_mixed_beforehand() -> None:
+    begun, items = noise.Begun((3, 5)), torch.arange(30)
+    held = begun.states.data_ptr()
+    for numbers in ((0,), (7, 2**40), (1, 2, 3)):
+        begun.set(*numbers)
+        for stream in (3, 5):
+            assert torch.equal(noise.bits(stream, begun, items), noise.bits(stream, *numbers, items))
+            assert torch.equal(noise.normal(stream, begun, 4, items), noise.normal(stream, *numbers, 4, items))
+    assert begun.states.data_ptr() == held
+    with pytest.raises(KeyError):
+        noise.bits(4, begun)
