@@ -384,10 +384,7 @@ class CFSFL(nn.Module):
             ids, scores, finite = self._replayed(("list", k, "others", rescore), steps, listed, history, shut)
         if candidates is not None and len(candidates):
             ids = torch.where(ids < 0, ids, candidates[ids.clamp_min(0)])
-        ids, scores = ids[:n_users], scores[:n_users]
-        if n > k:
-            ids, scores = F.pad(ids, (0, n - k), value=-1), F.pad(scores, (0, n - k), value=float("-inf"))
-        return ids, scores, finite
+        return *_filled_up(ids[:n_users], scores[:n_users], n, float("-inf")), finite
 
     def _rescored(self, u: Tensor, ids: Tensor, k: int, candidates: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k best of listed items by float32 scores, ties to the smaller id. [B, K'] -> [B, k] twice"""
@@ -440,8 +437,7 @@ class CFSFL(nn.Module):
             ids, scores, finite = self._replayed(key, steps, listed, x, *rows)
         else:
             ids, scores, finite = listed(x, *rows)
-        room = n - ids.shape[1]
-        return F.pad(ids, (0, room), value=-1), F.pad(scores, (0, room), value=judging.NO_SCORE), finite
+        return *_filled_up(ids, scores, n, judging.NO_SCORE), finite
 
     def _pages(self, x: Interactions, n_users: int, steps: int | None) -> Trace:
         """`unroll`: the pages that the virtual user judges."""
@@ -618,3 +614,9 @@ class CFSFL(nn.Module):
         """
         if self.memory is not None:
             self.memory.restore(tensors)
+
+
+def _filled_up(ids: Tensor, scores: Tensor, n: int, nothing: float) -> tuple[Tensor, Tensor]:
+    """Lists [B, k] as lists [B, n], with id -1 and a score of `nothing` where they have ended."""
+    room = (0, n - ids.shape[1])
+    return (F.pad(ids, room, value=-1), F.pad(scores, room, value=nothing)) if room[1] else (ids, scores)

@@ -92,13 +92,13 @@ class Noise:
 
     def of_passes(self) -> Callable[[int], Tensor]:
         """The same for the passes of one loop: what they share is drawn once."""
+        if self.fresh:
+            return self
         shared: list[Tensor] = []
 
         def of(t: int) -> Tensor:
-            if self.fresh:
-                return self(t)
             if not shared:
-                shared.append(self(0))
+                shared.append(self(t))
             return shared[0]
 
         return of

@@ -54,19 +54,29 @@ LIMITS = {
 }
 
 
+def said_by(*program: str) -> str:
+    """What a program of Python prints, in a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, *program],
+        env={**environment, "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     """The resource report of every combination, made in processes without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = []
     for shape, dtype, target in COMBINATIONS:
-        done = subprocess.run(
-            [sys.executable, "-m", "cfsfl_fast.kernels.report", "--json",
-             "--shape", shape, "--dtype", dtype, "--target", str(target)],
-            env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
-        found += json.loads(done.stdout)
+        found += json.loads(said_by(
+            "-m", "cfsfl_fast.kernels.report", "--json", "--shape", shape, "--dtype", dtype, "--target", str(target)
+        ))  # fmt: skip
     return found
 
 
@@ -209,12 +219,7 @@ def test_a_fault_is_seen(tmp_path: Path) -> None:
         "assert racing == {'fuse_fwd_kernel', 'linear_nll_fwd_kernel', 'linear_nll_bwd_kernel',\n"
         "                  'linear_topk_fwd_kernel', 'linear_filter_check_kernel'}, racing\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(code)], env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    said_by(str(code))
 
 
 def test_sizes_of_one_compile(tmp_path: Path) -> None:
@@ -238,10 +243,4 @@ def test_sizes_of_one_compile(tmp_path: Path) -> None:
         "    triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options)\n"
         "print(*sorted({name for name, _, _ in found.values()}))\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(code)], env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert set(done.stdout.split()) == set(LIMITS)
+    assert set(said_by(str(code)).split()) == set(LIMITS)
