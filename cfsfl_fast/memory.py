@@ -23,16 +23,12 @@ from torch import Tensor, nn
 
 from cfsfl_fast import ops
 from cfsfl_fast.interactions import Interactions
-from cfsfl_fast.item_item import gram, invert
+from cfsfl_fast.item_item import ridge_inverse
 
 MAX_ITEMS = 60_000
 """Of a memory: its matrix takes 4 M^2 bytes, 14.4 GB here."""
 
-DOUBLE_ITEMS = 10_000
-"""Up to so many items the inverse is computed in float64."""
-
 N_EVIDENCE = 19
-_BLOCK = 2048
 _LEAST = 1e-4  # what a logarithm sees of less
 
 
@@ -114,8 +110,13 @@ class ItemMemory(nn.Module):
         x = sp.csr_matrix((np.ones(len(items), np.float32), items, offsets), (len(histories), M))
         sizes = np.maximum(np.diff(offsets), 1).astype(np.float64)
         scale = 1 / np.mean(sizes**-0.5) if len(sizes) else 1.0
-        weighted = sp.diags(sizes**-0.5 * scale) @ x
-        self.precision = _inverse(x, weighted.tocsr(), ridge).to(device)
+        weights = scale * sizes**-0.5
+        g = np.maximum(weights @ x, 1)
+        try:
+            P = ridge_inverse(x, ridge * np.sqrt(g * g.mean()), weights, label="item memory")
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise ValueError(f"the items' matrix [{M}, {M}] is not positive definite: raise memory_ridge") from None
+        self.precision = P.to(device)
         self.counts = torch.from_numpy(np.bincount(items, minlength=M).astype(np.float32)).to(device)
         self.user_scale = torch.tensor(scale, dtype=torch.float32, device=device)
 
@@ -211,19 +212,6 @@ class Absence:
     def holds(self, ids: Tensor) -> Tensor:
         """1 where an item is the user's own, else 0. ids [B, K] -> [B, K]"""
         return _add_at(torch.zeros_like(self.q), self.whole, 1.0).gather(1, ids)
-
-
-def _inverse(x: sp.csr_matrix, weighted: sp.csr_matrix, ridge: float) -> Tensor:
-    """P [M, M] float32."""
-    M = x.shape[1]
-    P = gram(x, weighted, torch.float64 if M <= DOUBLE_ITEMS else torch.float32, _BLOCK)
-    counts = P.diagonal().clamp_min(1)
-    P.diagonal().add_(ridge * (counts * counts.mean()).sqrt())
-    try:
-        invert(P, _BLOCK)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise ValueError(f"the items' matrix [{M}, {M}] is not positive definite: raise memory_ridge") from None
-    return P.float()
 
 
 def _sums_of(values: Tensor, x: Interactions) -> Tensor:

@@ -35,7 +35,7 @@ import torch
 
 from cfsfl_fast import library
 from cfsfl_fast.config import CFSFLConfig
-from cfsfl_fast.memory import DOUBLE_ITEMS
+from cfsfl_fast.item_item import ridge_inverse_bytes
 from cfsfl_fast.model import CFSFL, ITEM_TABLES
 
 PROCESS = 400e6
@@ -203,7 +203,7 @@ def plan(
         "process": PROCESS,
     }
     if config.judges_items:
-        memory["item memory"] = (12 if n_items <= DOUBLE_ITEMS else 4) * n_items**2
+        memory["item memory"] = ridge_inverse_bytes(n_users, n_items, n_users * events_per_user)
         memory["folds"] = 4 * config.folds * theta
         memory["evidence"] = 20 * B * events_per_user * min(max(config.steps, 1) * config.top_k, n_items)
     history = B * (width + D)

@@ -105,6 +105,17 @@ def free_memory(device: torch.device) -> float:
     return free
 
 
+def check_free(n_bytes: int, what: str) -> None:
+    """Before more is allocated than the machine can give.
+
+    Raises:
+        MemoryError: naming what is needed and what there is.
+    """
+    free = free_memory(torch.device("cpu"))
+    if n_bytes > free:
+        raise MemoryError(f"{what} takes {n_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()

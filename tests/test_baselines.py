@@ -15,15 +15,15 @@ import scipy.sparse as sp
 import torch
 from click.testing import CliRunner
 
-from cfsfl_fast import backends, ops
-from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, SLIM, WMF, ease, select
-from cfsfl_fast.baselines.fitted import check_memory
+from cfsfl_fast import backends, item_item, ops
+from cfsfl_fast.baselines import BASELINES, EASE, EDLAE, SLIM, WMF, select
 from cfsfl_fast.cli import main
 from cfsfl_fast.datasets import Dataset, Protocol, open_dataset, split_events
 from cfsfl_fast.datasets.matrices import matrix_events
 from cfsfl_fast.evaluation import evaluate
 from cfsfl_fast.interactions import as_interactions
-from cfsfl_fast.item_item import gram, invert
+from cfsfl_fast.item_item import gram, invert, ridge_inverse
+from cfsfl_fast.scarcity import check_free
 from tests.conftest import clusters
 
 wmf = pytest.mark.skipif(find_spec("implicit") is None, reason="implicit is not installed")
@@ -52,7 +52,7 @@ def column_by_column(x: np.ndarray, penalty: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("block", [5, 512])
 def test_ease_is_the_constrained_least_squares(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ease, "BLOCK", block)
+    monkeypatch.setattr(item_item, "BLOCK", block)
     x = ragged()
     found = EASE(x, ridge=3.0).weight.numpy()
     assert np.allclose(found, column_by_column(x.toarray(), np.full(23, 3.0)), atol=1e-6)
@@ -83,37 +83,66 @@ def test_edlae_minimises_the_expected_loss_under_dropout() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 23, 100])
-def test_products_of_histories_in_blocks(block: int) -> None:
+def test_products_of_histories_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_item, "BLOCK", block)
     x = ragged()
     weighted = sp.diags(np.linspace(0.5, 2, 60)) @ x
-    found = gram(x, weighted.tocsr(), torch.float64, block)
+    found = gram(x, weighted.tocsr(), torch.float64, label="products")
     assert np.allclose(found, x.toarray().T @ weighted.toarray(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 6, 7, 50])
-def test_inverse_where_it_stands(n: int, dtype: torch.dtype) -> None:
+def test_inverse_where_it_stands(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(item_item, "BLOCK", 7)
     rows = torch.randn(80, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     A = rows.T @ rows + torch.eye(n)
     found = A.to(dtype, copy=True)
-    invert(found, 7)
+    invert(found)
     assert torch.equal(found, found.T)
     assert torch.allclose(found.double() @ A, torch.eye(n).double(), atol=1e-10 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("double_rows", [0, 1000], ids=["float32", "float64"])
+@pytest.mark.parametrize("n_users", [0, 1, 9, 60])
+def test_inverse_by_users_and_by_items(
+    n_users: int, double_rows: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_item, "BLOCK", 7)
+    monkeypatch.setattr(item_item, "DOUBLE_ROWS", double_rows)
+    x = ragged()[60 - n_users :]
+    weights, ridge = np.linspace(0.5, 2, n_users) if weighted else None, np.linspace(0.1, 3, 23)
+    W = np.diag(np.ones(n_users) if weights is None else weights)
+    expected = np.linalg.inv(x.toarray().T @ W @ x.toarray() + np.diag(ridge))
+    inverted = []
+    monkeypatch.setattr(item_item, "invert", lambda A, **told: (inverted.append(len(A)), invert(A, **told)))
+    for sparse_cost, n_rows in ((0, min(n_users, 23)), (10**9, 23 if n_users else 0)):
+        monkeypatch.setattr(item_item, "SPARSE_COST", sparse_cost)
+        found = ridge_inverse(x, ridge, weights, label="test")
+        assert inverted.pop() == n_rows
+        assert found.dtype == torch.float32
+        assert torch.equal(found, found.T)
+        assert np.allclose(found, expected, rtol=1e-6, atol=1e-6 if double_rows else 1e-4)
+
+
+def test_a_ridge_without_an_inverse_is_refused_whoever_is_fewer() -> None:
+    for n_users in (9, 60):
+        with pytest.raises(torch.linalg.LinAlgError):
+            ridge_inverse(ragged()[:n_users], np.full(23, -5.0), label="test")
 
 
 def test_wide_catalogues_are_float32_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
     x = clusters(300)
     expected = EASE(x, ridge=10.0).weight
-    monkeypatch.setattr(ease, "DOUBLE_ITEMS", 10)
+    monkeypatch.setattr(item_item, "DOUBLE_ROWS", 10)
     assert torch.allclose(EASE(x, ridge=10.0).weight, expected, atol=1e-5)
 
 
 def test_memory_is_looked_at_before_it_is_taken() -> None:
     with pytest.raises(MemoryError, match=r"EASE takes 1000000000.0 GB; [0-9.]+ GB are free"):
-        check_memory(10**18, "EASE")
-    with pytest.raises(
-        MemoryError, match=r"EASE of 4,000,000 items, 4,000,000 x 4,000,000 torch.float32, takes 64000.0"
-    ):
+        check_free(10**18, "EASE")
+    with pytest.raises(MemoryError, match=r"EASE, 4,000,000 x 4,000,000 torch.float32, takes 64000.0 GB; [0-9.]+ GB"):
         EASE(sp.csr_matrix((3, 4_000_000), dtype=np.float32))
 
 

@@ -15,7 +15,7 @@ ALLOWED = {
     "cli": {"baselines", "checkpoint", "files", "backends", "config", "datasets", "distributed", "evaluation", "model"}
     | {"callbacks", "numerics", "runs", "experiments", "export", "plan", "plots", "reproduce", "scarcity", "serving"}
     | {"sweep", "tables"},
-    "plan": {"config", "library", "memory", "model"},
+    "plan": {"config", "item_item", "library", "model"},
     "reproduce": {"baselines", "config", "datasets", "experiments", "tables"},
     "tables": {"experiments"},
     "experiments": {
@@ -48,14 +48,14 @@ ALLOWED = {
     "estimator": {"ops", "config", "evaluation", "holdout", "interactions", "metrics", "model", "stages"} | {"updates"},
     "holdout": {"datasets", "interactions"},
     "evaluation": {"distributed", "metrics", "interactions", "progress", "scarcity"},
-    "baselines": {"progress", "datasets", "evaluation", "interactions", "item_item", "ops", "scarcity"},
+    "baselines": {"progress", "datasets", "evaluation", "interactions", "item_item", "ops"},
     "model": {"backends", "checkpoint", "graphs", "judging", "ops", "config", "interactions", "loop", "memory"}
     | {"distributed", "item_rows", "numerics", "recommenders", "resharding", "scarcity", "sharded", "virtual_user"},
     "resharding": {"checkpoint", "distributed", "files", "sharded"},
     "folds": {"interactions", "model", "noise"},
     "judging": {"distributed", "interactions", "losses", "memory", "ops"},
     "memory": {"interactions", "item_item", "ops"},
-    "item_item": {"progress"},
+    "item_item": {"progress", "scarcity"},
     "loop": {"ops", "recommenders", "virtual_user"},
     "losses": set(),
     "recommenders": {"item_rows", "ops"},

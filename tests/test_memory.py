@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cfsfl_fast import item_item, reference
 from cfsfl_fast import memory as module
-from cfsfl_fast import reference
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.memory import N_EVIDENCE, ItemMemory
 
@@ -49,8 +49,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("double_items", [M, M - 1], ids=["float64", "float32"])
 def test_the_matrix_is_the_regularised_inverse(double_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DOUBLE_ITEMS", double_items)
-    monkeypatch.setattr(module, "_BLOCK", 5)
+    monkeypatch.setattr(item_item, "DOUBLE_ROWS", double_items)
+    monkeypatch.setattr(item_item, "BLOCK", 5)
     close(fitted(users()).precision, reference.item_memory(users(), RIDGE))
 
 

@@ -58,7 +58,8 @@ def test_a_virtual_user_who_judges_items_needs_a_memory_and_strangers() -> None:
     model.memory.fit(rows, 1.0)
     assert memory["item memory"] == 3 * model.memory.precision.nbytes  # the inverse is float64 while it is made
     assert memory["folds"] == 2 * sum(p.nbytes for p in model.recommender.parameters())
-    assert plan(12_000, 50, config).memory["item memory"] == 4 * 12_000**2
+    assert plan(25_000, 50_000, config).memory["item memory"] == 4 * 25_000**2  # and float32 of so many
+    assert plan(40_000, 15_000, config, events_per_user=30).memory["item memory"] == 4 * 40_000**2 + 8 * 15_000**2
     with pytest.raises(ValueError, match="100000 x 100000 numbers; the most is 60000 items"):
         plan(100_000, 50, config)
     assert "item memory" not in plan(900, 50, SMALL).memory

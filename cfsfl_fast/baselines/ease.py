@@ -3,29 +3,21 @@
     P = (X^T X + diag(d))^-1,    B_ij = - P_ij / P_jj,  B_jj = 0,    scores of a user: x^T B
     EASE: d = lambda.    EDLAE: d_j = lambda + p / (1 - p) (X^T X)_jj.
 
-Memory    The Gram matrix becomes P and then B where it stands: 8 M^2 bytes in float64, 4 in float32, and a panel. What
-          it takes is logged, and compared with what is free, before it is allocated.
-Numerics  Float64 to DOUBLE_ITEMS items, float32 beyond: 6.8 GB at 41,140 items.
+What P takes of memory and time, and its dtypes: `item_item`. P becomes B where it stands.
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import scipy.sparse as sp
+import numpy as np
 import torch
 from torch import Tensor
 
-from cfsfl_fast import item_item, ops
-from cfsfl_fast.baselines.fitted import Fitted, best, check_memory, counted
+from cfsfl_fast import ops
+from cfsfl_fast.baselines.fitted import Fitted, best, counted
 from cfsfl_fast.interactions import Interactions
-
-log = logging.getLogger(__name__)
-
-DOUBLE_ITEMS = 20_000
-BLOCK = 512
-"""Rows of the products at a time, rows and columns of a step of the inversion."""
+from cfsfl_fast.item_item import ridge_inverse
 
 
 class EASE(Fitted):
@@ -50,11 +42,10 @@ class EASE(Fitted):
         if not ridge > 0:
             raise ValueError(f"ridge must be above 0; got {ridge}")
         x = counted(train)
-        P = gram(x, torch.float64 if x.shape[1] <= DOUBLE_ITEMS else torch.float32, self.label, show_progress)
-        diagonal = P.diagonal()
-        diagonal.add_(diagonal * (dropout / (1 - dropout)) + ridge)
-        item_item.invert(P, BLOCK, label=f"{self.label}, inverse", show_progress=show_progress)
-        return _zero_diagonal(P)
+        users = np.bincount(x.indices, minlength=x.shape[1])
+        P = ridge_inverse(x, ridge + dropout / (1 - dropout) * users, label=self.label, show_progress=show_progress)
+        P.div_(-P.diagonal().clone())
+        return P.fill_diagonal_(0)
 
     def recommend(self, x: Interactions, n: int) -> tuple[Tensor, Tensor]:
         """ids [B, n] and scores [B, n], the users' own items left out; padded with -1 and -inf."""
@@ -83,19 +74,3 @@ class EDLAE(EASE):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         self.weight = self._fit(train, ridge, dropout, show_progress)
-
-
-def gram(x: sp.csr_matrix, dtype: torch.dtype, label: str, show_progress: bool) -> Tensor:
-    """X^T X, after a look at how much memory is free. [M, M]"""
-    n_items = x.shape[1]
-    n_bytes = n_items**2 * torch.finfo(dtype).bits // 8
-    log.info("%s of %d items: %.2f GB in %s", label, n_items, n_bytes / 1e9, dtype)
-    check_memory(n_bytes, f"{label} of {n_items:,} items, {n_items:,} x {n_items:,} {dtype},")
-    return item_item.gram(x, x, dtype, BLOCK, label=f"{label}, products", show_progress=show_progress)
-
-
-def _zero_diagonal(P: Tensor) -> Tensor:
-    """B of P, which it takes the place of. [M, M] float32"""
-    P.div_(-P.diagonal().clone())
-    P.fill_diagonal_(0)
-    return P.float()

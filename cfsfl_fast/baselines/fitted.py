@@ -13,7 +13,6 @@ from torch import Tensor
 from cfsfl_fast import ops
 from cfsfl_fast.interactions import Interactions, as_interactions
 from cfsfl_fast.progress import bar
-from cfsfl_fast.scarcity import free_memory
 
 Item = TypeVar("Item")
 
@@ -64,14 +63,3 @@ def progress(steps: Iterable[Item], label: str, shown: bool) -> Iterable[Item]:
     """The steps under a progress bar on stderr, where that is a terminal."""
     under: Iterable[Item] = bar(steps, shown=shown, desc=label, leave=False)
     return under
-
-
-def check_memory(n_bytes: int, what: str) -> None:
-    """Raises before more is allocated than the machine can give.
-
-    Raises:
-        MemoryError: naming what is needed and what there is.
-    """
-    free = free_memory(torch.device("cpu"))
-    if n_bytes > free:
-        raise MemoryError(f"{what} takes {n_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")

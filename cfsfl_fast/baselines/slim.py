@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cfsfl_fast import ops
-from cfsfl_fast.baselines.ease import gram
 from cfsfl_fast.baselines.fitted import Fitted, best, counted, progress
 from cfsfl_fast.interactions import Interactions
+from cfsfl_fast.item_item import gram
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class SLIM(Fitted):
             raise ValueError("one of l1 and l2 must be above 0; got 0 and 0")
         x = counted(train)
         n_items = x.shape[1]
-        G = gram(x, torch.float32, self.label, show_progress)
+        G = gram(x, x, torch.float32, label=self.label, show_progress=show_progress)
         parts, unfinished = [], 0
         for first in progress(range(0, n_items, COLUMNS), self.label, show_progress):
             columns, failed = ops.slim(G, first, min(first + COLUMNS, n_items), l1, l2)
