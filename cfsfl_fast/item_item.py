@@ -50,8 +50,8 @@ def ridge_inverse(
         torch.linalg.LinAlgError: x^T W x + D is not positive definite.
         MemoryError: a matrix does not fit.
     """
-    n_items = x.shape[1]
-    if _by_users(*x.shape, x.nnz) and bool((ridge > 0).all()):
+    n_users, n_items = x.shape
+    if _by_users(n_users, n_items, x.nnz) and bool((ridge > 0).all()):
         return _ridge_inverse_by_users(x, ridge, weights, label, show_progress)
     weighted = x if weights is None else x.multiply(weights[:, None]).tocsr()
     P = gram(x, weighted, _dtype(n_items), label=label, show_progress=show_progress)

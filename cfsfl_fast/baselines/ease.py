@@ -8,7 +8,7 @@ What P takes of memory and time, and its dtypes: `item_item`. P becomes B where 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class EASE(Fitted):
     """
 
     label = "EASE"
-    grid = tuple({"ridge": ridge} for ridge in (50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0))
+    ladders: ClassVar = {"ridge": (20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)}
 
     def __init__(self, train: Any, *, ridge: float = 500.0, show_progress: bool = False) -> None:
         self.weight = self._fit(train, ridge, 0.0, show_progress)
@@ -68,7 +68,7 @@ class EDLAE(EASE):
     """
 
     label = "EDLAE"
-    grid = tuple({"ridge": ridge, "dropout": p} for p in (0.1, 0.25, 0.33, 0.5) for ridge in (50.0, 200.0, 500.0))
+    ladders: ClassVar = {**EASE.ladders, "dropout": (0.1, 0.25, 0.33, 0.5, 0.67)}
 
     def __init__(self, train: Any, *, ridge: float = 200.0, dropout: float = 0.25, show_progress: bool = False) -> None:
         if not 0 <= dropout < 1:

@@ -23,8 +23,8 @@ class Fitted(ABC):
     label: ClassVar[str]
     """Its name in tables."""
 
-    grid: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    """Choices worth trying on validation users, the defaults among them."""
+    ladders: ClassVar[dict[str, tuple[float, ...]]] = {}
+    """Values worth trying on validation users, in order, the default among them."""
 
     @abstractmethod
     def __init__(self, train: Any, *, show_progress: bool = False) -> None: ...

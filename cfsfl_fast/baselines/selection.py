@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,11 @@ class Selection:
     seconds: float
     tried: list[tuple[dict[str, Any], float]]
 
+    @property
+    def score(self) -> float:
+        """Validation NDCG@100."""
+        return self.validation.summary()["NDCG@100"].value
+
 
 def select(
     kind: type[Fitted],
@@ -41,13 +47,14 @@ def select(
     device: torch.device | str = "cpu",
     show_progress: bool = True,
 ) -> Selection:
-    """Fits a baseline for every choice of its grid and keeps the best by NDCG@100 of the validation users.
+    """Climbs to the best NDCG@100 of the validation users: from the defaults, one choice up or down its ladder at a
+    time, as long as that is better.
 
     Args:
         kind: of `BASELINES`.
         data: what to fit to and to judge on.
-        given: choices that are made already; the grid varies the others.
-        search: try the grid; else only `given` and the defaults.
+        given: choices that are made already.
+        search: make the others so; else they are the defaults.
         device: where lists are made.
         show_progress: progress bars on stderr, where that is a terminal.
 
@@ -57,23 +64,38 @@ def select(
     if unknown := sorted(set(given) - set(kind.choices())):
         names = ", ".join(sorted(kind.choices())) or "none"
         raise ValueError(f"{kind.label} has no choice {unknown[0]!r}; it has: {names}")
-    grid: list[dict[str, Any]] = []
-    for choices in kind.grid if search else ({},):
-        choices = {**choices, **given}
-        if choices not in grid:
-            grid.append(choices)
-    found: Selection | None = None
-    tried = []
-    for choices in grid:
+
+    def judged(choices: dict[str, Any]) -> Selection:
         began = time.perf_counter()
         fitted = kind(data.train, **choices, show_progress=show_progress)
         seconds = time.perf_counter() - began
         held_out = data.validation
         label = f"{kind.label}, validation" if show_progress else None
-        judged = evaluate(fitted.recommend, held_out.fold_in, held_out.targets, device=device, progress=label)
-        score = judged.summary()["NDCG@100"].value
-        tried.append((choices, score))
-        if found is None or score > found.validation.summary()["NDCG@100"].value:
-            found = Selection(fitted, choices, judged, seconds, tried)
-    assert found is not None
-    return found
+        validation = evaluate(fitted.recommend, held_out.fold_in, held_out.targets, device=device, progress=label)
+        found = Selection(fitted, choices, validation, seconds, tried)
+        tried.append((choices, found.score))
+        return found
+
+    tried: list[tuple[dict[str, Any], float]] = []
+    ladders = {name: ladder for name, ladder in kind.ladders.items() if name not in given} if search else {}
+    best = judged({**{name: kind.choices()[name] for name in ladders}, **given})
+    climbing = True
+    while climbing:
+        climbing = False
+        for choices in _one_step_from(best.choices, ladders):
+            if any(choices == known for known, _ in tried):
+                continue
+            found = judged(choices)
+            if found.score > best.score:
+                best, climbing = found, True
+                break
+    return best
+
+
+def _one_step_from(choices: dict[str, Any], ladders: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
+    """The same choices, but for one that is the next of its ladder, down or up."""
+    for name, ladder in ladders.items():
+        at = ladder.index(choices[name])
+        for step in (at - 1, at + 1):
+            if 0 <= step < len(ladder):
+                yield {**choices, name: ladder[step]}

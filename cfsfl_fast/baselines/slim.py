@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -40,7 +40,7 @@ class SLIM(Fitted):
     """
 
     label = "SLIM"
-    grid = tuple({"l1": l1, "l2": l2} for l2 in (20.0, 100.0, 500.0) for l1 in (1.0, 5.0))
+    ladders: ClassVar = {"l2": (5.0, 20.0, 100.0, 500.0, 2000.0), "l1": (0.2, 1.0, 5.0)}
 
     def __init__(self, train: Any, *, l1: float = 1.0, l2: float = 20.0, show_progress: bool = False) -> None:
         for name, value in (("l1", l1), ("l2", l2)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,11 @@ class WMF(Fitted):
     """
 
     label = "WMF"
-    grid = tuple({"factors": F, "ridge": ridge} for F in (64, 256) for ridge in (20.0, 30.0, 40.0, 50.0))
+    ladders: ClassVar = {
+        "ridge": (10.0, 20.0, 30.0, 40.0, 50.0, 70.0, 100.0),
+        "alpha": (2.0, 5.0, 10.0, 20.0),
+        "factors": (64, 128, 256),
+    }
 
     def __init__(
         self,

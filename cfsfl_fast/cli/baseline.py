@@ -28,7 +28,7 @@ def _shown(choices: dict[str, Any]) -> str:
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder for report.json and users.npz.")
 @click.option("--set", "given", multiple=True, metavar="NAME=VALUE", help="A choice that is made; repeat for more.")
-@click.option("--search/--no-search", default=True, help="Try a short grid on the validation users, or the defaults.")
+@click.option("--search/--no-search", default=True, help="Choose on the validation users, or take the defaults.")
 @click.option("--overwrite", is_flag=True, help="Replace the report of an earlier call.")
 @device_option
 def baseline(
