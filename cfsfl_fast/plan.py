@@ -143,7 +143,7 @@ def plan(
         mapped: training reads the events where they lie, in a file.
 
     Raises:
-        ValueError: a size is below 1, or item_shards does not divide devices.
+        ValueError: a size is below 1, item_shards does not divide devices, or the recommender cannot be shared.
     """
     for name, size in (("items", n_items), ("users", n_users), ("devices", devices), ("item_shards", item_shards)):
         if size < 1:
@@ -155,7 +155,9 @@ def plan(
     config = config.resolved(n_users)
     assert isinstance(config.batch_size, int)
     with torch.device("meta"):
-        weights = dict(CFSFL.from_config(n_items, config).named_parameters())
+        model = CFSFL.from_config(n_items, config)
+    model.recommender.check_processes(devices)
+    weights = dict(model.named_parameters())
     replicas = devices // item_shards
     B, rows = -(-config.batch_size // replicas), -(-n_items // item_shards)
     joint, by_rows, sampled = config.has_joint_stage, config.table_updates == "rows", config.softmax == "sampled"

@@ -148,11 +148,7 @@ class Updates:
                 f'precision="bf16" trains by the multinomial loss alone; recommender {model.config.recommender!r} has '
                 f"another, which needs float32 products"
             )
-        if model.recommender.compares and group.size > 1:
-            raise ValueError(
-                f"recommender {model.config.recommender!r} compares the users of a batch, which {group.size} processes "
-                f"would share; train it in one"
-            )
+        model.recommender.check_processes(group.size)
         self.model, self.optimisers, self.stage, self.group = model, optimisers, stage, group
         self.folds = folds
         self.given = histories

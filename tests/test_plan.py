@@ -190,6 +190,10 @@ def test_rates_and_free_memory_are_those_of_a_machine() -> None:
         ({"n_users": -1}, "users must be at least 1; got -1"),
         ({"devices": 4, "item_shards": 3}, "item_shards must divide the devices; got 3 and 4"),
         ({"events_per_user": float("nan")}, "events_per_user must be at least 0; got nan"),
+        (
+            {"config": dataclasses.replace(SMALL, recommender="awae"), "devices": 2},
+            "aWAE compares the users of a batch, which 2 processes would share; train it in one",
+        ),
     ],
 )
 def test_odd_sizes_are_refused(sizes: dict, message: str) -> None:

@@ -336,7 +336,7 @@ def test_awae_trains_in_one_process() -> None:
     group = Group()
     Updates(model, histories, Optimisers(model, "recommender"), "recommender", group)
     group.size = 2
-    with pytest.raises(ValueError, match="'awae' compares the users of a batch, which 2 processes would share"):
+    with pytest.raises(ValueError, match="aWAE compares the users of a batch, which 2 processes would share"):
         Updates(model, histories, Optimisers(model, "recommender"), "recommender", group)
 
 

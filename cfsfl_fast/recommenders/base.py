@@ -93,6 +93,18 @@ class Recommender(nn.Module):
         """
         raise NotImplementedError
 
+    def check_processes(self, n: int) -> None:
+        """Whether so many processes can share its training.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.compares and n > 1:
+            raise ValueError(
+                f"recommender {self.label} compares the users of a batch, which {n} processes would share; train it in "
+                "one"
+            )
+
     def prior(self, items: Tensor, offsets: Tensor, weights: Tensor) -> Tensor | None:
         """What `divergence` has to know of whole histories, CSR rows with the entries of x^ without dropout."""
         return None
