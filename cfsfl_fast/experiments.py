@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Row:
     Attributes:
         name: as the table shows it.
         changes: config fields that make it, on top of the experiment's.
+        usual: config fields that it has instead of the experiment's, unless the user gave another value.
         baseline: name in `baselines.BASELINES`, where it is one of these and not a config.
         part: the system of the run that is shown, by its name in the run's report, where that is not the last.
         controls: rows that it is compared with, user by user.
@@ -45,6 +46,7 @@ class Row:
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)
     baseline: str = ""
     part: str = ""
     controls: tuple[str, ...] = ()
@@ -82,6 +84,11 @@ class Experiment:
         if not rows:
             raise ValueError(f"no row of {self.name} is left without {', '.join(texts)}")
         return replace(self, rows=rows)
+
+    def given(self, fields: Collection[str]) -> Experiment:
+        """The same, where the user has given some config fields: rows do not have their usual values of these."""
+        rows = [replace(row, usual={k: v for k, v in row.usual.items() if k not in fields}) for row in self.rows]
+        return replace(self, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class Laboratory:
 
     def config(self, row: Row, seed: int) -> CFSFLConfig:
         """A row's config. Its control is a row of its own, not a stage."""
-        return CFSFLConfig.from_dict({**self.fields, "control": False, **row.changes, "seed": seed})
+        return CFSFLConfig.from_dict({**self.fields, "control": False, **row.usual, **row.changes, "seed": seed})
 
     def results(self, row: Row, seeds: int) -> dict[int, Result]:
         """A row's finished cells by seed."""

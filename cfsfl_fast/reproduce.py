@@ -53,12 +53,14 @@ def table3(fields: Mapping[str, Any]) -> Experiment:
         Row(LABELS.get(baseline, baseline), baseline=baseline, controls=(on,), published=LABELS.get(baseline, ""))
         for baseline in BASELINES
     ]
-    best = {field: value for field, value in PRESETS["best"].items() if field != "control"}
-    own = {best["recommender"]: {field: value for field, value in best.items() if field not in LATER_FIELDS}}
+    preset = {field: value for field, value in PRESETS["best"].items() if field != "control"}
+    best = {field: preset.pop(field) for field in ("recommender", "feedback", "steps")}
+    stage1 = {best["recommender"]: {field: value for field, value in preset.items() if field not in LATER_FIELDS}}
     rows += [
         Row(
             LABELS[other],
-            {**own.get(other, {}), "recommender": other, "steps": 0},
+            {"recommender": other, "steps": 0},
+            stage1.get(other, {}),
             controls=(on,),
             published=LABELS[other],
         )
@@ -73,8 +75,8 @@ def table3(fields: Mapping[str, Any]) -> Experiment:
     ]
     base = f"{_name(best)} + memory"
     rows += [
-        Row(f"{base}, preset best at T = 0", best, part=base, controls=(on,)),
-        Row("CF-SFL, preset best", best, controls=(f"{base}, preset best at T = 0",)),
+        Row(f"{base}, preset best at T = 0", best, preset, part=base, controls=(on,)),
+        Row("CF-SFL, preset best", best, preset, controls=(f"{base}, preset best at T = 0",)),
     ]
     return Experiment("table3", "Table 3: CF-SFL and other systems", tuple(rows), (on,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -247,6 +248,23 @@ def test_rows_may_be_left_out(out: Path, data: Path, tmp_path: Path) -> None:
     for wrong, words in ((["--skip", "SVD"], "no row of table3 has 'SVD' in its name"), (["--skip", ""], "is left")):
         result = reproduce("table3", data, tmp_path / "none", *wrong)
         assert (result.exit_code, words in result.stderr) == (2, True)
+
+
+def test_given_fields_win_over_what_a_row_usually_has(data: Path, tmp_path: Path) -> None:
+    fields = {"epochs": (3, 1, 2), "steps": 2}
+    laboratory, experiment = Laboratory(open_dataset(data), tmp_path, fields), EXPERIMENTS["table3"](fields)
+    preset = CFSFLConfig.preset("best")
+
+    def config(name: str, *given: str) -> CFSFLConfig:
+        [row] = [row for row in experiment.given(given).rows if row.name == name]
+        return laboratory.config(row, 0)
+
+    best = "CF-SFL, preset best"
+    assert config(best) == preset
+    assert config(best, "epochs", "steps") == dataclasses.replace(preset, epochs=(3, 1, 2))
+    assert config("RecVAE").epochs == preset.epochs
+    assert config("RecVAE", *fields).epochs == (3, 1, 2)
+    assert config("VAE", *fields).epochs == config("VAE").epochs == (3, 1, 2)
 
 
 def test_a_baseline_without_its_package_is_left_out_with_a_warning(

@@ -58,14 +58,14 @@ def reproduce(
 
     Stopped or killed, it goes on where it was. Rows that differ in stage 3 alone share stage 1, and tables in one
     folder share what they have in common. Writes WHAT.csv and WHAT.md to the folder, for figures also WHAT.png and
-    WHAT.svg. The options below are config fields of every row.
+    WHAT.svg. The options below are config fields of every row, but for what a row is about.
     """
     given = {name: config_field(name, text) for name, text in options.items() if text is not None}
     fields = {**PRESETS[preset], **(QUICK if quick else {}), **given}
     torch.set_flush_denormal(True)
     dataset = open_dataset(data, verify=True)
     laboratory = Laboratory(dataset, out, fields, device=torch_device(device), backend=backend)
-    experiment = EXPERIMENTS[what](fields).without(skip)
+    experiment = EXPERIMENTS[what](fields).without(skip).given(given)
     about = _about(context, laboratory, given if not quick else {**QUICK, **given}, preset)
     laboratory.run(experiment, seeds, lambda: _write_table(laboratory, experiment, seeds, about))
     if time_again:
