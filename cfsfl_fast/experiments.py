@@ -190,7 +190,7 @@ class Laboratory:
     def folder(self, row: Row, seed: int) -> Path:
         """Where a cell is."""
         if row.baseline:
-            seed = seed if row.baseline in baselines.SEEDED else self.seed
+            seed = seed if row.baseline in baselines.SEEDED else 0
             return self.out / "cells" / _slug(row.baseline) / f"seed-{seed}"
         return self._folder(self.config(row, seed))
 

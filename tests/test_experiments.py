@@ -27,7 +27,7 @@ from cfsfl_fast.cli import main
 from cfsfl_fast.config import CFSFLConfig
 from cfsfl_fast.datasets import open_dataset, save_dataset, synthetic_dataset
 from cfsfl_fast.evaluation import RANKS, seconds_to_answer
-from cfsfl_fast.experiments import Laboratory
+from cfsfl_fast.experiments import Laboratory, Row
 from cfsfl_fast.reproduce import EXPERIMENTS, PUBLISHED, ablations, published
 from tests.conftest import ROOT
 
@@ -105,11 +105,13 @@ def test_figures_are_those_of_the_cells(out: Path) -> None:
     assert row["control"] == "VAE, trained on"
 
 
-def test_a_baseline_that_draws_has_a_cell_for_every_seed(out: Path) -> None:
+def test_a_baseline_that_draws_has_a_cell_for_every_seed(out: Path, data: Path) -> None:
     for seed in (0, 1):
         found = json.loads((out / "cells" / "wmf" / f"seed-{seed}" / "result.json").read_text())
         assert found["choices"]["seed"] == seed
     assert not (out / "cells" / "ease" / "seed-1").exists()
+    later = Laboratory(open_dataset(data), out, {"steps": 2, "seed": 1})  # as with --seed 1
+    assert later.folder(Row("EASE", baseline="ease"), 1) == out / "cells" / "ease" / "seed-0"
 
 
 def test_the_best_preset_is_compared_with_its_own_model_without_the_loop(out: Path) -> None:
