@@ -4,14 +4,16 @@
 //     w_i <- max(0, r_i + G_ii w_i - l1) / (G_ii + l2),    r = G_j - G w,    G = X^T X
 //
 // Shapes    G [M, M] -> columns [last - first, M], the weights of item first + n in row n.
-// Traffic   Where X >= 0, r_i <= G_ij: items with G_ij <= l1 stay at 0 and are never looked at. Of the others, those that
-//           ever were above 0 have their row of G gathered once; every change of a weight is one pass over such a row.
+// Traffic   Where X >= 0, r_i <= G_ij: items with G_ij <= l1 stay at 0 and are never looked at. The others, S of them, are
+//           admitted to the descent by what they would gain, twice as many each time, until nobody outside would move;
+//           the A inside share a Gram matrix of their own. A time costs A^2 a sweep, and A S for the r of all.
 // Numerics  r and w in float64; one order of operations per column: the same bits on any number of threads.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -25,8 +27,14 @@
 namespace cfsfl {
 namespace {
 
+constexpr int64_t FIRST = 32;  // admitted at once
+
 WIDE void subtract(double* r, const float* row, double change, int64_t n) {
     for (int64_t s = 0; s < n; ++s) r[s] -= change * row[s];
+}
+
+WIDE void subtract(double* r, const float* row, const int64_t* items, double change, int64_t n) {
+    for (int64_t s = 0; s < n; ++s) r[s] -= change * row[items[s]];
 }
 
 // One column, in memory that the next column uses again.
@@ -37,51 +45,79 @@ class Column {
     // Writes the weights to out [M]; whether they converged.
     bool solve(float* out, int64_t j, double tolerance, int passes) {
         const float* own = G + j * M;
-        items.clear(), r.clear(), norm.clear(), active.clear();
+        items.clear(), r.clear(), norm.clear(), inside.clear(), w.clear();
         for (int64_t i = 0; i < M; ++i)
             if (i != j && own[i] > l1) items.push_back(i), r.push_back(own[i]), norm.push_back(G[i * M + i]);
-        const int64_t S = (int64_t)items.size();
-        w.assign(S, 0.0), row.assign(S, -1);
-        bool converged = false;
-        for (int pass = 0; pass < passes && !converged; ++pass) {
-            double moved = 0;
-            for (int64_t s = 0; s < S; ++s) moved = std::max(moved, step(s));
-            converged = moved <= tolerance;
-            for (; moved > tolerance && pass < passes; ++pass) {  // among those that are not 0
-                moved = 0;
-                for (const int64_t s : active) moved = std::max(moved, step(s));
-            }
+        is_inside.assign(items.size(), false);
+        bool converged = !admit(tolerance);
+        for (int pass = 0; pass < passes && !converged;) {
+            before = w;
+            for (double moved = INFINITY; moved > tolerance && pass < passes; ++pass) moved = sweep();
+            tell_all();
+            converged = pass < passes && !admit(tolerance);
         }
         std::memset(out, 0, M * sizeof(float));
-        for (int64_t s = 0; s < S; ++s) out[items[s]] = (float)w[s];
+        for (size_t a = 0; a < inside.size(); ++a) out[items[inside[a]]] = (float)w[a];
         return converged;
     }
 
  private:
-    // Moves one weight to its best; how far.
-    double step(int64_t s) {
-        const double best = std::max(0.0, r[s] + norm[s] * w[s] - l1) / (norm[s] + l2);
-        const double change = best - w[s];
-        if (change == 0) return 0;
-        const int64_t S = (int64_t)items.size();
-        if (row[s] < 0) {
-            row[s] = (int64_t)active.size();
-            active.push_back(s);
-            if ((int64_t)rows.size() < (row[s] + 1) * S) rows.resize((row[s] + 1) * S);
-            const float* from = G + items[s] * M;
-            for (int64_t t = 0; t < S; ++t) rows[row[s] * S + t] = from[items[t]];
+    // Takes those in who gain most of all that would move; whether there were any.
+    bool admit(double tolerance) {
+        wanting.clear();
+        for (int64_t s = 0; s < (int64_t)items.size(); ++s)
+            if (!is_inside[s] && r[s] - l1 > tolerance * (norm[s] + l2)) wanting.push_back(s);
+        if (wanting.empty()) return false;
+        const auto gain = [this](int64_t s) { return (r[s] - l1) * (r[s] - l1) / (norm[s] + l2); };
+        const int64_t room = std::max(FIRST, (int64_t)inside.size());
+        if ((int64_t)wanting.size() > room) {
+            const auto more = [&](int64_t s, int64_t t) {
+                return std::make_pair(gain(s), t) > std::make_pair(gain(t), s);
+            };
+            std::nth_element(wanting.begin(), wanting.begin() + room, wanting.end(), more);
+            wanting.resize(room);
         }
-        subtract(r.data(), rows.data() + row[s] * S, change, S);
-        w[s] = best;
-        return std::abs(change);
+        for (const int64_t s : wanting) inside.push_back(s), is_inside[s] = true, w.push_back(0.0);
+        const size_t A = inside.size();
+        near.resize(A), gram.resize(A * A);
+        for (size_t a = 0; a < A; ++a) {
+            const float* from = G + items[inside[a]] * M;
+            near[a] = r[inside[a]];
+            for (size_t b = 0; b < A; ++b) gram[a * A + b] = from[items[inside[b]]];
+        }
+        return true;
+    }
+
+    // Moves every weight inside to its best, one after the other; how far the one that moved most.
+    double sweep() {
+        const size_t A = inside.size();
+        double most = 0;
+        for (size_t a = 0; a < A; ++a) {
+            const double own = norm[inside[a]];
+            const double best = std::max(0.0, near[a] + own * w[a] - l1) / (own + l2), change = best - w[a];
+            if (change == 0) continue;
+            subtract(near.data(), gram.data() + a * A, change, A);
+            w[a] = best;
+            most = std::max(most, std::abs(change));
+        }
+        return most;
+    }
+
+    // r of all candidates after what changed inside.
+    void tell_all() {
+        for (size_t a = 0; a < inside.size(); ++a)
+            if (w[a] != before[a])
+                subtract(r.data(), G + items[inside[a]] * M, items.data(), w[a] - before[a], (int64_t)items.size());
     }
 
     const float* G;
     const int64_t M;
     const double l1, l2;
-    std::vector<int64_t> items, active, row;  // candidates; places of those ever above 0; where their row is
-    std::vector<double> r, norm, w;
-    std::vector<float> rows;
+    std::vector<int64_t> items, inside, wanting;  // candidates [S]; places among them of the A inside, and who wants in
+    std::vector<char> is_inside;                  // [S]
+    std::vector<double> r, norm;                  // [S]
+    std::vector<double> w, before, near;          // [A]: weights, those of the last time, r
+    std::vector<float> gram;                      // [A, A]
 };
 
 }  // namespace
