@@ -70,17 +70,19 @@ class Experiment:
     controls: tuple[str, ...] = ()
 
     def without(self, texts: Sequence[str]) -> Experiment:
-        """The same, but for the rows with one of some texts in their name.
+        """The same, but for the row of a name, or where no row has a text for its name, all with that text in it.
 
         Raises:
             ValueError: no row has such a text in its name, or none is left.
         """
+        names = [row.name for row in self.rows]
+        skipped = set[str]()
         for text in texts:
-            if not any(text in row.name for row in self.rows):
-                raise ValueError(
-                    f"no row of {self.name} has {text!r} in its name: {', '.join(r.name for r in self.rows)}"
-                )
-        rows = tuple(row for row in self.rows if not any(text in row.name for text in texts))
+            found = [text] if text in names else [name for name in names if text in name]
+            if not found:
+                raise ValueError(f"no row of {self.name} has {text!r} in its name: {', '.join(names)}")
+            skipped.update(found)
+        rows = tuple(row for row in self.rows if row.name not in skipped)
         if not rows:
             raise ValueError(f"no row of {self.name} is left without {', '.join(texts)}")
         return replace(self, rows=rows)

@@ -247,6 +247,8 @@ def test_rows_may_be_left_out(out: Path, data: Path, tmp_path: Path) -> None:
     assert list(found) == ["most popular", "CF-SFL, T = 2"]
     assert found["CF-SFL, T = 2"]["NDCG@100 minus VAE, trained on"] == ""
     assert "--skip 'preset best' --skip E --skip M --skip 'trained on'" in result.stdout
+    left = [row.name for row in EXPERIMENTS["table3"]({"steps": 2}).without(["VAE", "VAE, trained on", "best"]).rows]
+    assert [name for name in left if "VAE" in name] == ["RecVAE", "VAE+R"]
     for wrong, words in ((["--skip", "SVD"], "no row of table3 has 'SVD' in its name"), (["--skip", ""], "is left")):
         result = reproduce("table3", data, tmp_path / "none", *wrong)
         assert (result.exit_code, words in result.stderr) == (2, True)

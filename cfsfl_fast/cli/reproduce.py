@@ -31,7 +31,12 @@ from cfsfl_fast.sweep import HEADER, sweep
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder; several tables may share it.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Seeds of every row: --seed and those after it.")
-@click.option("--skip", multiple=True, metavar="TEXT", help="Leave out rows with TEXT in their name; repeat for more.")
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="TEXT",
+    help="Leave out the row TEXT, or all with TEXT in their name; repeat for more.",
+)
 @click.option("--quick", is_flag=True, help=f"A reduced schedule: {QUICK}; the options below win over it.")
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), default="default", help="Where the defaults come from.")
 @click.option("--time-again", is_flag=True, help="Measure the times of answers again, when the machine is quiet.")
