@@ -51,6 +51,7 @@ def ridge_inverse(
         MemoryError: a matrix does not fit.
     """
     n_users, n_items = x.shape
+    check_free(ridge_inverse_bytes(n_users, n_items, x.nnz), f"{label} of {n_items:,} items")
     if _by_users(n_users, n_items, x.nnz) and bool((ridge > 0).all()):
         return _ridge_inverse_by_users(x, ridge, weights, label, show_progress)
     weighted = x if weights is None else x.multiply(weights[:, None]).tocsr()
@@ -69,7 +70,7 @@ def _ridge_inverse_by_users(
     if weights is not None:
         S_T = S_T.multiply(weights**0.5)
     S_T, dtype = S_T.tocsr(), _dtype(n_users)
-    P = _room(n_items, torch.float32, label)
+    P = torch.empty(n_items, n_items)
     K = gram(S_T, S_T, dtype, label=f"{label}, by users", show_progress=show_progress)
     K.diagonal().add_(1)
     invert(K, label=f"{label}, inverse", show_progress=show_progress)
@@ -105,7 +106,10 @@ def gram(x: Any, weighted: Any, dtype: torch.dtype, *, label: str, show_progress
         MemoryError: the result does not fit.
     """
     by_item, n_items = x.T.tocsr(), x.shape[1]
-    found = _room(n_items, dtype, label)
+    n_bytes = n_items**2 * dtype.itemsize
+    log.info("%s: %d x %d, %.2f GB in %s", label, n_items, n_items, n_bytes / 1e9, dtype)
+    check_free(n_bytes, f"{label}, {n_items:,} x {n_items:,} {dtype},")
+    found = torch.empty(n_items, n_items, dtype=dtype)
     for start in bar(range(0, n_items, BLOCK), shown=show_progress, desc=f"{label}, products", leave=False):
         rows = (by_item[start : start + BLOCK] @ weighted).toarray()
         found[start : start + BLOCK] = torch.from_numpy(np.ascontiguousarray(rows))
@@ -154,11 +158,3 @@ def _by_users(n_users: int, n_items: int, n_events: float) -> bool:
 def _dtype(n_rows: int) -> torch.dtype:
     """Of an inversion."""
     return torch.float64 if n_rows <= DOUBLE_ROWS else torch.float32
-
-
-def _room(n: int, dtype: torch.dtype, label: str) -> Tensor:
-    """An empty matrix [n, n], where it fits."""
-    n_bytes = n**2 * dtype.itemsize
-    log.info("%s: %d x %d, %.2f GB in %s", label, n, n, n_bytes / 1e9, dtype)
-    check_free(n_bytes, f"{label}, {n:,} x {n:,} {dtype},")
-    return torch.empty(n, n, dtype=dtype)

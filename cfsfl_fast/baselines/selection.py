@@ -72,24 +72,26 @@ def select(
         held_out = data.validation
         label = f"{kind.label}, validation" if show_progress else None
         validation = evaluate(fitted.recommend, held_out.fold_in, held_out.targets, device=device, progress=label)
-        found = Selection(fitted, choices, validation, seconds, tried)
-        tried.append((choices, found.score))
-        return found
+        return Selection(fitted, choices, validation, seconds, tried)
 
     tried: list[tuple[dict[str, Any], float]] = []
     ladders = {name: ladder for name, ladder in kind.ladders.items() if name not in given} if search else {}
-    best = judged({**{name: kind.choices()[name] for name in ladders}, **given})
-    climbing = True
-    while climbing:
-        climbing = False
-        for choices in _one_step_from(best.choices, ladders):
-            if any(choices == known for known, _ in tried):
-                continue
-            found = judged(choices)
-            if found.score > best.score:
-                best, climbing = found, True
-                break
-    return best
+    found: Selection | None = None
+    best = {**{name: kind.choices()[name] for name in ladders}, **given}, float("-inf")
+    waiting = [best[0]]
+    while waiting:
+        choices = waiting.pop(0)
+        found = None  # two would need twice the memory
+        found = judged(choices)
+        tried.append((choices, found.score))
+        if found.score > best[1]:
+            best = tried[-1]
+            known = [others for others, _ in tried]
+            waiting = [others for others in _one_step_from(best[0], ladders) if others not in known]
+    if found is None or found.choices != best[0]:
+        found = None
+        found = judged(best[0])
+    return found
 
 
 def _one_step_from(choices: dict[str, Any], ladders: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
