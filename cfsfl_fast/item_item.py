@@ -5,8 +5,8 @@
 
 The second (Woodbury's identity) inverts a row per user instead of one per item; it is taken where that is less work.
 
-Memory    P takes 4 M^2 bytes, 8 M^2 while it is inverted in float64; the second way 4 or 8 U^2 beside it. What a matrix
-          takes is logged, and compared with what is free, before it is allocated.
+Memory    P takes 4 M^2 bytes, and 12 M^2 while it is made in float64; by users 4 or 8 U^2 beside it. That is compared
+          with what is free before anything is allocated.
 Numerics  Matrices of up to DOUBLE_ROWS rows are inverted in float64, larger ones in float32.
 """
 
@@ -43,7 +43,7 @@ def ridge_inverse(
         x: histories, all ones, scipy CSR. [U, M]
         ridge: d. [M]
         weights: w, above 0; None: all 1. [U]
-        label: what P is for, in log lines and progress bars.
+        label: what P is for, in messages.
         show_progress: bars on stderr, where that is a terminal.
 
     Raises:
@@ -81,7 +81,7 @@ def _ridge_inverse_by_users(
         below = torch.from_numpy(S_T[start:] @ np.ascontiguousarray(rows.T)).neg_()  # [M - start, block]
         below.diagonal().add_(1)
         P[start:, start:stop] = below.mul_(scales[start:, None]).mul_(scales[start:stop])
-        P[start:stop, start:] = P[start:, start:stop].T
+        _mirror(P, start, stop)
     return P
 
 
@@ -145,9 +145,14 @@ def invert(A: Tensor, *, label: str = "inverse", show_progress: bool = False) ->
         A[start:stop, start:stop] = -D
     for start in range(0, n, BLOCK):
         A[start:, start : start + BLOCK].neg_()
-        own = A[start : start + BLOCK, start : start + BLOCK]
-        own.copy_(own.tril() + own.tril(-1).T)
-        A[start : start + BLOCK, start + BLOCK :] = A[start + BLOCK :, start : start + BLOCK].T
+        _mirror(A, start, min(start + BLOCK, n))
+
+
+def _mirror(A: Tensor, start: int, stop: int) -> None:
+    """Some columns below the diagonal become the rows beside it."""
+    own = A[start:stop, start:stop]
+    own.copy_(own.tril() + own.tril(-1).T)
+    A[start:stop, stop:] = A[stop:, start:stop].T
 
 
 def _by_users(n_users: int, n_items: int, n_events: float) -> bool:
