@@ -88,10 +88,10 @@ def select(
             best = tried[-1]
             known = [others for others, _ in tried]
             waiting = [others for others in _one_step_from(best[0], ladders) if others not in known]
-    if found is None or found.choices != best[0]:
-        found = None
-        found = judged(best[0])
-    return found
+    if found and found.choices == best[0]:
+        return found
+    found = None
+    return judged(best[0])
 
 
 def _one_step_from(choices: dict[str, Any], ladders: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
