@@ -331,6 +331,18 @@ def test_choices_climb_to_the_best_of_their_neighbours(toy: Dataset) -> None:
     assert select(Hill, toy, {}, search=False, show_progress=False).choices == {}
 
 
+def test_the_end_of_a_ladder_is_told(
+    toy: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    select(Hill, toy, {}, show_progress=False)
+    assert not caplog.records
+    monkeypatch.setattr(Hill, "ladders", {"a": (1, 2, 3), "b": (10, 20, 30, 40)})
+    select(Hill, toy, {}, show_progress=False)
+    assert caplog.messages == ["hill: the best a, 1, ends what was tried (1 to 3): one beyond it may be better"]
+    select(Hill, toy, {"a": 1}, show_progress=False)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("name", sorted(BASELINES))
 def test_defaults_are_on_their_ladders(name: str) -> None:
     kind = BASELINES[name]

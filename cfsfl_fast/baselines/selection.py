@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from cfsfl_fast.baselines.fitted import Fitted
 from cfsfl_fast.datasets import Dataset
 from cfsfl_fast.evaluation import Evaluation, evaluate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def select(
     show_progress: bool = True,
 ) -> Selection:
     """Climbs to the best NDCG@100 of the validation users: from the defaults, one choice up or down its ladder at a
-    time, as long as that is better.
+    time, as long as that is better. A best choice at the end of its ladder is told as a warning.
 
     Args:
         kind: of `BASELINES`.
@@ -88,6 +91,12 @@ def select(
             best = tried[-1]
             known = [others for others, _ in tried]
             waiting = [others for others in _one_step_from(best[0], ladders) if others not in known]
+    for name, ladder in ladders.items():
+        if best[0][name] in (ladder[0], ladder[-1]):
+            log.warning(
+                "%s: the best %s, %g, ends what was tried (%g to %g): one beyond it may be better",
+                *(kind.label, name, best[0][name], ladder[0], ladder[-1]),
+            )
     if found and found.choices == best[0]:
         return found
     found = None
