@@ -1,4 +1,5 @@
 """Runs pytest in several processes at once, each with every n-th test: most of a kernel's test is compiling.
+For `make gpu`, whose machine has no pytest-xdist.
 
 python -m tests.in_shares 6 -m gpu tests/test_triton_gpu.py
 """

@@ -21,7 +21,8 @@ class WMF(Fitted):
     A user who was not there gets the u of the least such sum, with Y as it is: one ridge solve (`user_factors`).
 
     Of 14 choices the defaults have the greatest sum of validation NDCG@100 on MovieLens-1M (.430) and Online Retail
-    (.342); the first alone would have ridge 50 (.435), the second 30 (.352).
+    (.342); the first alone would have ridge 50 (.435), the second 30 (.352). With 512 factors the second gains .018, the
+    first .001, in twice the time.
 
     Args:
         train: histories [U, M], scipy sparse.
@@ -38,9 +39,9 @@ class WMF(Fitted):
 
     label = "WMF"
     ladders: ClassVar = {
-        "ridge": (1.0, 3.0, 10.0, 20.0, 30.0, 40.0, 50.0, 70.0, 100.0),
+        "ridge": (0.1, 0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 40.0, 50.0, 70.0, 100.0),
         "alpha": (2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
-        "factors": (64, 128, 256),
+        "factors": (64, 128, 256, 512),
     }
 
     def __init__(
