@@ -21,8 +21,8 @@ class WMF(Fitted):
     A user who was not there gets the u of the least such sum, with Y as it is: one ridge solve (`user_factors`).
 
     Of 14 choices the defaults have the greatest sum of validation NDCG@100 on MovieLens-1M (.430) and Online Retail
-    (.342); the first alone would have ridge 50 (.435), the second 30 (.352). With 512 factors the second gains .018, the first
-    .001, in twice the time.
+    (.342); the first alone would have ridge 50 (.435), the second 30 (.352). With 512 factors the second gains .018 and
+    the first .001, in twice the time.
 
     Args:
         train: histories [U, M], scipy sparse.
