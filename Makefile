@@ -10,7 +10,6 @@ INSTALLED := $(addprefix tests/test_,model.py training.py estimator.py cli.py ex
           feedback_step.py linear_topk.py linear_nll.py)
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
-PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test chaos fuzz adapters docs wheel bench gpu asan kernel-report lint format clean
 
@@ -21,7 +20,7 @@ demo: $(DONE)
 	$(BIN)/cfsfl demo --out demo
 
 test: $(DONE)
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 chaos: $(DONE)
 	$(BIN)/python -m tests.chaos
